@@ -1,0 +1,1 @@
+"""Paper-faithful pruning criteria for Torch-Pruning, NNI and timm."""

@@ -1,0 +1,1 @@
+"""The papers' mathematics: tensors in, scores out; no model, no graph, no input or output."""

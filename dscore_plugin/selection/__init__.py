@@ -1,0 +1,1 @@
+"""From scores to a plan: compute budgets, allocation, sensitivity."""

@@ -1,0 +1,1 @@
+"""The tools this package plugs into: Torch-Pruning, NNI and timm."""

@@ -1,0 +1,1 @@
+"""What timm's model families need so that DepGraph can prune them."""

@@ -1,0 +1,1 @@
+"""Torch-Pruning: DepGraph's groups, the importance classes and the removal of channels."""
