@@ -1,0 +1,142 @@
+"""The criteria as importance classes: pass one to any of Torch-Pruning's pruners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch_pruning import importance as torch_pruning_importance
+from torch_pruning.dependency import Group
+
+from dscore_plugin.criteria import d_score as d_score_criteria
+from dscore_plugin.errors import CriterionError, did_you_mean
+from dscore_plugin.integrations.torch_pruning.graph import Producer, producers
+
+_REDUCTIONS = ("mean", "max", "first")
+
+
+class FilterImportance(torch_pruning_importance.Importance):
+    """Score every producer of a group with a pure function of its filters, and reduce over the producers.
+
+    Subclasses set :attr:`criterion`, a function from filters ``(n, ...)`` to scores ``(n,)`` on one scale for
+    all layers.
+
+    Torch-Pruning removes by threshold and by an unstable ``topk``, so equal scores must not reach it. They are
+    set apart by less than any two different scores of layers up to 4,096 wide: across layers the one with the
+    smaller mean absolute weight goes first, within a layer the lower index.
+
+    Args:
+        group_reduction: how the scores of several producers (a residual trunk, the convolution and the
+            depthwise convolution behind it) become one: ``"mean"``, ``"max"``, or ``"first"``, which asks the
+            root's producer alone.
+
+    Raises:
+        CriterionError: if ``group_reduction`` is unknown.
+    """
+
+    criterion: ClassVar[Callable[[Tensor], Tensor]]
+
+    def __init__(self, group_reduction: str = "mean") -> None:
+        if group_reduction not in _REDUCTIONS:
+            raise CriterionError(
+                f"group_reduction {group_reduction!r} is unknown; expected one of {', '.join(_REDUCTIONS)}"
+                + did_you_mean(str(group_reduction), _REDUCTIONS)
+            )
+        self.group_reduction = group_reduction
+
+    @torch.no_grad()
+    def __call__(self, group: Group) -> Tensor | None:
+        """Score the channels of a group.
+
+        Args:
+            group: a group of DepGraph's, with all channels of its root or some of them.
+
+        Returns:
+            Scores of shape ``(len(group[0].idxs),)``, float64 on the CPU, all distinct; the lowest is pruned
+            first. None if no layer of the group has filters.
+
+        Raises:
+            CriterionError: if weights hold NaN or infinity; the message names no layer, DepGraph knows it.
+        """
+        layers = list(producers(group))
+        if not layers:
+            return None
+        if self.group_reduction == "first":
+            layers = layers[:1]
+        width = len(group[0].idxs)
+        score = _reduce([(layer, self.score(layer)) for layer in layers], width, self.group_reduction)
+        mass = sum(float(layer.filters.float().abs().mean()) for layer in layers) / len(layers)
+        return score + _apart(mass, width)
+
+    def score(self, layer: Producer) -> Tensor:
+        """Score the filters of one layer that belong to the group: shape ``(k,)``, float64, on the CPU."""
+        scores = type(self).criterion(layer.filters).to("cpu", torch.float64)
+        return scores if layer.index is None else scores[layer.index]
+
+
+class DScoreImportance(FilterImportance):
+    """D-Score: the ranks of a filter's positive and of its negative mass, added.
+
+    The score is a rank within the layer, over the layer's width. Under ``global_pruning`` it compares "the 3rd
+    of 16" with "the 12th of 64": every layer spreads evenly over [0, 1], so a global threshold takes about the
+    same share of every layer, and layers differ only in how their two ranks agree. The paper ranks per layer.
+
+    Args:
+        group_reduction: ``"mean"``, ``"max"`` or ``"first"``, over the producers of a group.
+
+    Source: Park et al., arXiv 2308.04470, sec. 3.1; the pure function is ``criteria.d_score.d_score``.
+    """
+
+    criterion = staticmethod(d_score_criteria.d_score)
+
+
+class DStepImportance(FilterImportance):
+    """D-Step: the position at which a filter enters the growing buffers of both signs.
+
+    The score is a position in the layer's order, over its width; under ``global_pruning`` it therefore asks
+    every layer for the same share (see :class:`DScoreImportance`). The paper ranks per layer.
+
+    Args:
+        group_reduction: ``"mean"``, ``"max"`` or ``"first"``, over the producers of a group.
+
+    Source: Park et al., arXiv 2308.04470, sec. 3.1; the pure function is ``criteria.d_score.d_step``.
+    """
+
+    criterion = staticmethod(d_score_criteria.d_step)
+
+
+class DStepGMImportance(FilterImportance):
+    """D-Step GM: D-Step on summed distances to the layer's filters, for each sign.
+
+    The score is a position in the layer's order, over its width; under ``global_pruning`` it therefore asks
+    every layer for the same share (see :class:`DScoreImportance`). The paper ranks per layer.
+
+    Args:
+        group_reduction: ``"mean"``, ``"max"`` or ``"first"``, over the producers of a group.
+
+    Source: Park et al., arXiv 2308.04470, sec. 3.1; the pure function is ``criteria.d_score.d_step_gm``.
+    """
+
+    criterion = staticmethod(d_score_criteria.d_step_gm)
+
+
+def _reduce(scored: list[tuple[Producer, Tensor]], width: int, reduction: str) -> Tensor:
+    if len(scored) == 1 and scored[0][0].root is None:
+        return scored[0][1]
+    total = torch.zeros(width, dtype=torch.float64)
+    seen = torch.zeros(width, dtype=torch.float64)
+    for layer, score in scored:
+        root = torch.arange(width) if layer.root is None else layer.root
+        if reduction == "max":
+            total.scatter_reduce_(0, root, score, "amax")
+        else:
+            total.index_add_(0, root, score)
+            seen.index_add_(0, root, torch.ones_like(score))
+    return total if reduction == "max" else total / seen.clamp(min=1)
+
+
+def _apart(mass: float, width: int) -> Tensor:
+    # Different scores of layers n and m wide differ by at least 1 / (4 n m), 1.5e-8 at 4,096 each.
+    return 1e-9 * mass / (1 + mass) + 1e-11 * torch.arange(width, dtype=torch.float64) / width
