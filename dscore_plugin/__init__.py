@@ -1,1 +1,61 @@
-"""Paper-faithful pruning criteria for Torch-Pruning, NNI and timm."""
+"""Paper-faithful pruning criteria for Torch-Pruning, NNI and timm.
+
+The names below are imported when they are first used: ``import dscore_plugin`` alone loads none of the tools.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dscore_plugin.artifact import load_pruned, save_pruned
+    from dscore_plugin.integrations.torch_pruning.importance import (
+        DScoreImportance,
+        DStepGMImportance,
+        DStepImportance,
+    )
+    from dscore_plugin.plan import Plan
+    from dscore_plugin.planning import plan_pruning, prune
+    from dscore_plugin.registry import CriterionInfo, get_criterion, list_criteria
+
+__version__ = "0.1.0"
+
+_IMPORTANCE = "dscore_plugin.integrations.torch_pruning.importance"
+_HOME = {
+    "CriterionInfo": "dscore_plugin.registry",
+    "DScoreImportance": _IMPORTANCE,
+    "DStepGMImportance": _IMPORTANCE,
+    "DStepImportance": _IMPORTANCE,
+    "Plan": "dscore_plugin.plan",
+    "get_criterion": "dscore_plugin.registry",
+    "list_criteria": "dscore_plugin.registry",
+    "load_pruned": "dscore_plugin.artifact",
+    "plan_pruning": "dscore_plugin.planning",
+    "prune": "dscore_plugin.planning",
+    "save_pruned": "dscore_plugin.artifact",
+}
+
+__all__ = [
+    "CriterionInfo",
+    "DScoreImportance",
+    "DStepGMImportance",
+    "DStepImportance",
+    "Plan",
+    "get_criterion",
+    "list_criteria",
+    "load_pruned",
+    "plan_pruning",
+    "prune",
+    "save_pruned",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -104,3 +105,26 @@ class ChannelGroup:
 def removal_count(ratio: float, width: int) -> int:
     """How many of ``width`` a ratio removes: ``floor(ratio * width + 1e-9)``, everywhere in this project."""
     return int(ratio * width + 1e-9)
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group and the importance of its units.
+
+    Attributes:
+        group: the group.
+        scores: one for each unit, float64, shape ``(units,)``; the lowest is pruned first.
+    """
+
+    group: ChannelGroup
+    scores: Tensor
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The units from the least to the most important; ties go to the lower index."""
+        return tuple(torch.argsort(self.scores, stable=True).tolist())
+
+    def limit(self, min_channels: int) -> int:
+        """How many units may leave so that the root layer keeps ``min_channels`` channels, and one unit at least."""
+        kept = max(1, -(-min_channels // self.group.division))
+        return max(0, self.group.units - kept)

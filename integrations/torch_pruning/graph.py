@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from torch_pruning.pruner import function
 
 from dscore_plugin.costs import Cost, CostTable
 from dscore_plugin.errors import ModelError
-from dscore_plugin.groups import ChannelGroup, Member, Role
+from dscore_plugin.groups import ChannelGroup, Member, Role, ScoredGroup
 from dscore_plugin.integrations.torch_pruning.counting import CallRecorder, count
 
 _NORMS = {ops.OPTYPE.BN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.IN, ops.OPTYPE.PRELU}
@@ -126,6 +126,17 @@ class PruningGraph:
         total = Cost(*count(self.model, self.example_inputs))
         counted = sum((term.total for term in self._terms), Cost())
         return CostTable(self._terms, self.groups, fixed=total - counted)
+
+    def score(self, group: ChannelGroup, importance: Callable[[Group], Tensor | None]) -> ScoredGroup | None:
+        """Score one of the groups with an importance object; the channels of a unit are averaged.
+
+        Returns:
+            The group with its scores, or None if the importance finds nothing to score in it.
+        """
+        scores = importance(self.depgroups[group.name])
+        if scores is None or len(scores) == 0:
+            return None
+        return ScoredGroup(group, scores.detach().to("cpu", torch.float64).view(group.division, -1).mean(dim=0))
 
     def _walk(self) -> Iterator[ChannelGroup]:
         for depgroup in self.depgraph.get_all_groups():

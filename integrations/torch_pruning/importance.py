@@ -14,6 +14,8 @@ from dscore_plugin.criteria import d_score as d_score_criteria
 from dscore_plugin.errors import CriterionError, did_you_mean
 from dscore_plugin.integrations.torch_pruning.graph import Producer, producers
 
+__all__ = ["DScoreImportance", "DStepGMImportance", "DStepImportance"]
+
 _REDUCTIONS = ("mean", "max", "first")
 
 

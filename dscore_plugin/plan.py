@@ -1,0 +1,228 @@
+"""The Plan: what leaves a network. The only currency between choosing and removing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dscore_plugin.errors import PlanError
+from dscore_plugin.registry import load_object
+
+FORMAT_VERSION = 1
+_REMOVAL = "dscore_plugin.integrations.torch_pruning.removal:remove_channels"
+
+
+@dataclass(frozen=True)
+class ChannelRemoval:
+    """Output channels that leave a layer, and with them whatever is tied to them.
+
+    Attributes:
+        layer: qualified name of the group's root layer.
+        channels: indices of its output channels before pruning, sorted.
+    """
+
+    layer: str
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One line of the plan's table, as it was when the plan was made.
+
+    Attributes:
+        layer: qualified name of the group's root layer.
+        channels: its output channels before pruning.
+        score_min: the lowest score of its channels.
+        score_max: the highest.
+        score_cut: the highest score among those that leave, None where none does.
+        macs_saved: MACs that this row alone would save, the other layers left whole.
+    """
+
+    layer: str
+    channels: int
+    score_min: float | None
+    score_max: float | None
+    score_cut: float | None
+    macs_saved: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What leaves a network, made for one set of weights; look at it, save it, edit it, compare it, apply it.
+
+    Attributes:
+        fingerprint: of the model it was made for (:func:`fingerprint`).
+        input_shape: of one image, ``(channels, height, width)``.
+        removals: what leaves; at most one entry for a layer.
+        rows: the table, one row for each group that may be pruned.
+        macs: MACs before and after, by Torch-Pruning's rules.
+        params: parameters before and after.
+        made_by: criterion, allocation, ratio or budget: how it was chosen.
+    """
+
+    fingerprint: str
+    input_shape: tuple[int, ...]
+    removals: tuple[ChannelRemoval, ...]
+    rows: tuple[LayerRow, ...] = ()
+    macs: tuple[int, int] = (0, 0)
+    params: tuple[int, int] = (0, 0)
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def apply(self, model: nn.Module, example_inputs: tuple[Any, ...] | None = None, *, strict: bool = True) -> nn.Module:
+        """Remove what the plan names from ``model``, in place, through DepGraph.
+
+        Args:
+            model: the network that the plan was made for.
+            example_inputs: arguments of a forward pass, for tracing; by default one image of zeros.
+            strict: refuse other weights than those the plan was made for.
+
+        Returns:
+            ``model``, in eval mode.
+
+        Raises:
+            PlanError: if the model or its weights are others, or the plan names what is not there.
+            ModelError: if the model cannot be traced, or does not run afterwards; then it is left as it was.
+        """
+        if strict and self.fingerprint and fingerprint(model) != self.fingerprint:
+            raise PlanError(
+                "the plan was made for another model or other weights (the fingerprints differ); make a new plan, "
+                "or pass strict=False to remove the same channels from these weights"
+            )
+        if example_inputs is None:
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            example_inputs = (torch.zeros(1, *self.input_shape, device=device),)
+        pruned: nn.Module = load_object(_REMOVAL)(model, example_inputs, self.removals)
+        return pruned
+
+    def removed(self, layer: str) -> tuple[int, ...]:
+        """Return the channels that leave ``layer``."""
+        return next((r.channels for r in self.removals if r.layer == layer), ())
+
+    def with_removed(self, layer: str, channels: Iterable[int]) -> Plan:
+        """Return a copy in which exactly ``channels`` leave ``layer``; an empty list keeps it whole.
+
+        The copy's ``macs`` and ``params`` after pruning are unknown until it is applied: set to 0.
+
+        Raises:
+            PlanError: if the plan has no row for ``layer``, or an index is not one of its channels.
+        """
+        row = next((row for row in self.rows if row.layer == layer), None)
+        if row is None:
+            known = ", ".join(row.layer for row in self.rows)
+            raise PlanError(f"the plan has no layer {layer!r}; it has: {known}")
+        chosen = tuple(sorted(set(channels)))
+        if chosen and not 0 <= chosen[0] <= chosen[-1] < row.channels:
+            raise PlanError(f"{layer!r} has channels 0..{row.channels - 1}; got {chosen[0]}..{chosen[-1]}")
+        others = [r for r in self.removals if r.layer != layer]
+        removals = (*others, ChannelRemoval(layer, chosen)) if chosen else tuple(others)
+        return replace(self, removals=removals, macs=(self.macs[0], 0), params=(self.params[0], 0))
+
+    def difference(self, other: Plan) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Compare with another plan: for each layer that differs, the channels that only this and only that removes."""
+        layers = dict.fromkeys(r.layer for r in (*self.removals, *other.removals))
+        pairs = {layer: (set(self.removed(layer)), set(other.removed(layer))) for layer in layers}
+        return {
+            layer: (tuple(sorted(here - there)), tuple(sorted(there - here)))
+            for layer, (here, there) in pairs.items()
+            if here != there
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON.
+
+        Raises:
+            PlanError: if the file cannot be written.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(path.name + ".part")
+            part.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            raise PlanError(f"the plan cannot be written to {path}: {error.strerror}") from error
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan from JSON; raise PlanError if there is none, or it is not one."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"no plan can be read from {path}: {error.strerror}; make one with: dscore plan") from error
+        except ValueError as error:
+            raise PlanError(f"{path} is no valid JSON: {error}") from error
+        return Plan.from_dict(content)
+
+    @staticmethod
+    def from_dict(content: Any) -> Plan:
+        """Build a plan from plain JSON values; raise PlanError if they are none."""
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise PlanError(f"expected a plan of format version {FORMAT_VERSION}, got {version!r}")
+        try:
+            removals = tuple(
+                ChannelRemoval(str(r["layer"]), _indices(r["channels"], r["layer"])) for r in content["removals"]
+            )
+            macs, params = (tuple(int(x) for x in content[key]) for key in ("macs", "params"))
+            plan = Plan(
+                str(content["fingerprint"]),
+                tuple(int(size) for size in content["input_shape"]),
+                removals,
+                tuple(LayerRow(**row) for row in content["rows"]),
+                (macs[0], macs[1]),
+                (params[0], params[1]),
+                dict(content["made_by"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise PlanError(f"the plan is damaged: {type(error).__name__} at {error}; make a new one") from error
+        layers = [r.layer for r in removals]
+        if len(set(layers)) < len(layers):
+            raise PlanError("the plan names a layer twice; put all of its channels into one entry")
+        return plan
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':<32} {'channels':>14} {'score range':>17} {'cut':>7} {'MACs saved':>12}"]
+        for row in self.rows:
+            left = row.channels - len(self.removed(row.layer))
+            scores = "" if row.score_min is None else f"{row.score_min:.3f} .. {row.score_max:.3f}"
+            cut = "" if row.score_cut is None else f"{row.score_cut:.3f}"
+            lines.append(
+                f"{row.layer:<32} {f'{row.channels} -> {left}':>14} {scores:>17} {cut:>7} {row.macs_saved / 1e6:>10.2f} M"
+            )
+        if self.macs[1]:
+            kept = 100 * self.macs[1] / max(1, self.macs[0])
+            lines.append(
+                f"MACs {self.macs[0] / 1e6:.2f} M -> {self.macs[1] / 1e6:.2f} M ({kept:.1f} % kept), "
+                f"parameters {self.params[0]:,} -> {self.params[1]:,}"
+            )
+        return "\n".join(lines)
+
+
+def _indices(values: Any, layer: str) -> tuple[int, ...]:
+    if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in values):
+        raise PlanError(f"the channels of {layer!r} must be a list of non-negative integers")
+    if len(set(values)) < len(values):
+        raise PlanError(f"the channels of {layer!r} name one channel twice")
+    return tuple(sorted(values))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash the names, shapes, types and values of a model's parameters (SHA-256, hexadecimal)."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        flat = parameter.detach().cpu().contiguous().reshape(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()

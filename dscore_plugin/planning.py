@@ -1,0 +1,232 @@
+"""From a model to a Plan, and from a Plan to a smaller model: the two calls most users need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dscore_plugin.errors import BudgetError, CriterionError, ModelError
+from dscore_plugin.groups import ScoredGroup
+from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
+from dscore_plugin.plan import ChannelRemoval, LayerRow, Plan, fingerprint
+from dscore_plugin.registry import CriterionInfo, get_criterion
+from dscore_plugin.selection.allocation import Counts, GlobalPath, Limits, Path, UniformPath
+from dscore_plugin.selection.budget import check_fraction, meet
+
+PATHS: dict[str, type[UniformPath] | type[GlobalPath]] = {"uniform": UniformPath, "global": GlobalPath}
+LAYERS = ("all", "inner")
+Batches = Sequence[tuple[Tensor, Tensor]]
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    criterion: str = "d_score",
+    ratio: float | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Remove the least important channels of a network, in place.
+
+    Args:
+        model: any network that can be traced; classifiers and other outputs keep their width.
+        example_inputs: the arguments of one forward pass (a tensor stands for one argument).
+        criterion: a name from ``list_criteria()``.
+        ratio: the share of every layer's channels to remove (default 0.5 where no budget is given).
+        **options: further arguments of :func:`plan_pruning`, such as ``target_macs``.
+
+    Returns:
+        ``model``, smaller, in eval mode.
+
+    Raises:
+        DScoreError: on bad input, before anything is changed.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if ratio is None and not any(options.get(key) is not None for key in ("target_macs", "target_params")):
+        ratio = 0.5
+    return plan_pruning(model, inputs, criterion, ratio=ratio, **options).apply(model, inputs, strict=False)
+
+
+def plan_pruning(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    criterion: str = "d_score",
+    *,
+    ratio: float | None = None,
+    target_macs: float | None = None,
+    target_params: float | None = None,
+    allocation: str = "uniform",
+    layers: str = "all",
+    ignored_layers: Sequence[nn.Module] = (),
+    min_channels: int = 1,
+    round_to: int | None = None,
+    criterion_options: Mapping[str, Any] | None = None,
+    batches: Batches = (),
+    seed: int = 0,
+) -> Plan:
+    """Choose what leaves a network; the network is not touched.
+
+    Args:
+        model: any network that can be traced.
+        example_inputs: the arguments of one forward pass (a tensor stands for one argument).
+        criterion: a name from ``list_criteria()``, of kind ``score`` or ``data_score``.
+        ratio: the share of channels to remove: ``floor(ratio * n + 1e-9)`` of every group (uniform), or of all.
+        target_macs: the share of the MACs to keep, instead of ``ratio``; met from below.
+        target_params: the share of the parameters to keep, instead of ``ratio``; met from below.
+        allocation: ``"uniform"`` (the same share of every group) or ``"global"`` (the lowest scores overall).
+        layers: ``"all"`` groups, or ``"inner"``: those with a single producer, which leaves residual sums whole.
+        ignored_layers: modules whose channels stay; a container stands for everything in it.
+        min_channels: channels that every layer keeps at least.
+        round_to: make the channels that remain a multiple of it.
+        criterion_options: keyword arguments of the criterion's importance class.
+        batches: images ``(b, c, h, w)`` and labels ``(b,)``, for criteria that need data.
+        seed: for criteria that draw random numbers.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CriterionError: if the criterion or an option is unknown, or data it needs are missing.
+        BudgetError: if the ratio or the budget is out of range or cannot be reached, or there are none or several.
+        ModelError: if the model cannot be traced, holds NaN, or nothing in it can be pruned.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    goals = {"ratio": ratio, "target_macs": target_macs, "target_params": target_params}
+    goal, amount = _single_goal(goals)
+    _check_choice("allocation", allocation, PATHS)
+    _check_choice("layers", layers, LAYERS)
+    info = get_criterion(criterion)
+    graph = PruningGraph(model, inputs, ignored_layers)
+    scored = score_groups(graph, info, criterion_options, layers=layers, batches=batches, seed=seed)
+    limits = Limits(scored, min_channels, round_to)
+    path = PATHS[allocation](scored, limits)
+    counts = path.at(amount) if goal == "ratio" else _meet(path, goal, amount, graph, scored, limits)
+    made_by = {"criterion": criterion, "allocation": allocation, goal: amount, "layers": layers, "seed": seed}
+    made_by |= {"min_channels": min_channels, "round_to": round_to}
+    return build_plan(graph, scored, counts, made_by)
+
+
+def score_groups(
+    graph: PruningGraph,
+    info: CriterionInfo,
+    options: Mapping[str, Any] | None = None,
+    *,
+    layers: str = "all",
+    batches: Batches = (),
+    seed: int = 0,
+) -> list[ScoredGroup]:
+    """Score every prunable group of a traced network.
+
+    Args:
+        graph: the traced network.
+        info: the criterion.
+        options: keyword arguments of its importance class.
+        layers: ``"all"`` or ``"inner"``, as in :func:`plan_pruning`.
+        batches: images and labels, for criteria that need data.
+        seed: for criteria that draw random numbers.
+
+    Raises:
+        CriterionError: if the criterion is no importance, or data it needs are missing.
+        ModelError: if nothing can be pruned, or parameters hold NaN or infinity.
+    """
+    if info.kind not in ("score", "data_score") or "channel" not in info.granularity:
+        raise CriterionError(f"criterion {info.name!r} is of kind {info.kind!r} and scores no channels on its own")
+    if info.needs_data and not batches:
+        raise CriterionError(f"criterion {info.name!r} needs images and labels; pass batches=")
+    bad = next((name for name, p in graph.model.named_parameters() if not torch.isfinite(p).all()), None)
+    if bad is not None:
+        raise ModelError(f"the parameter {bad!r} holds NaN or infinity; check the checkpoint")
+    groups = [group for group in graph.prunable if layers == "all" or group.is_inner]
+    if not groups:
+        reasons = "; ".join(f"{group.name}: {group.protected or 'a residual sum'}" for group in graph.groups[:5])
+        raise ModelError(f"nothing in {type(graph.model).__name__} can be pruned ({reasons})")
+    importance = info.build(**(options or {}))
+    with torch.random.fork_rng(devices=[]), _gradients(graph.model, batches if info.needs_gradients else ()):
+        torch.manual_seed(seed)
+        scored = [graph.score(group, importance) for group in groups]
+    missing = [group.name for group, item in zip(groups, scored, strict=True) if item is None]
+    if missing and info.needs_batchnorm:
+        raise CriterionError(f"criterion {info.name!r} needs batch norm, but {missing[0]!r} has none behind it")
+    found = [item for item in scored if item is not None]
+    if not found:
+        raise CriterionError(f"criterion {info.name!r} scores none of the {len(groups)} groups")
+    return found
+
+
+def build_plan(
+    graph: PruningGraph, scored: Sequence[ScoredGroup], counts: Counts, made_by: Mapping[str, Any]
+) -> Plan:
+    """Write down the least important ``counts[name]`` units of each group as a plan."""
+    table, removals, rows = graph.costs, [], []
+    for item in scored:
+        group, count = item.group, counts[item.group.name]
+        if count:
+            removals.append(ChannelRemoval(group.name, group.root_channels(item.order[:count])))
+        saved = table.saving({}, group.name, count).macs
+        low, high = float(item.scores.min()), float(item.scores.max())
+        cut = float(item.scores[item.order[count - 1]]) if count else None
+        rows.append(LayerRow(group.name, group.channels, low, high, cut, round(saved)))
+    dense, left = table.dense, table.cost(counts)
+    return Plan(
+        fingerprint(graph.model),
+        tuple(graph.example_inputs[0].shape[1:]),
+        tuple(removals),
+        tuple(rows),
+        (round(dense.macs), round(left.macs)),
+        (round(dense.params), round(left.params)),
+        dict(made_by),
+    )
+
+
+def _meet(
+    path: Path, goal: str, amount: float, graph: PruningGraph, scored: Sequence[ScoredGroup], limits: Limits
+) -> Counts:
+    unit = goal.removeprefix("target_")
+    table = graph.costs
+    whole = getattr(table.dense, unit)
+    return meet(path, lambda counts: getattr(table.cost(counts), unit) / whole, amount, scored, limits, goal)
+
+
+def _single_goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
+    given = {name: value for name, value in goals.items() if value is not None}
+    if len(given) != 1:
+        said = " and ".join(given) or "none"
+        raise BudgetError(f"give exactly one of {', '.join(goals)}; got {said}")
+    ((name, value),) = given.items()
+    check_fraction(name, value)
+    return name, value
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise BudgetError(f"{name} {value!r} is unknown; expected one of {', '.join(choices)}")
+
+
+class _gradients:  # noqa: N801
+    """Fill ``.grad`` with the gradient of the cross-entropy summed over batches; put the old ones back on exit."""
+
+    def __init__(self, model: nn.Module, batches: Batches) -> None:
+        self.model, self.batches = model, batches
+
+    def __enter__(self) -> None:
+        if not self.batches:
+            return
+        self.before = [(p, p.grad, p.requires_grad) for p in self.model.parameters()]
+        self.mode = self.model.training
+        for p, _, _ in self.before:
+            p.grad = None
+            p.requires_grad_(True)
+        self.model.eval()
+        with torch.enable_grad():
+            for images, labels in self.batches:
+                nn.functional.cross_entropy(self.model(images), labels, reduction="sum").backward()
+
+    def __exit__(self, *exc: object) -> None:
+        if not self.batches:
+            return
+        self.model.train(self.mode)
+        for p, grad, requires_grad in self.before:
+            p.grad = grad
+            p.requires_grad_(requires_grad)

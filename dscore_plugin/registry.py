@@ -1,0 +1,177 @@
+"""The criteria this package knows: their papers, what they prune, what they need, and where they live.
+
+The command line, the docs, NNI and the tests read this list; nobody asks for a criterion's name, only for its kind.
+Third parties add criteria through the entry-point group ``dscore_plugin.criteria``: each entry point names a
+:class:`CriterionInfo`, or a list of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module, metadata
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from dscore_plugin.errors import CriterionError, did_you_mean
+
+Kind = Literal["score", "data_score", "trained", "selector"]
+Granularity = Literal["channel", "kernel", "layer"]
+ENTRY_POINTS = "dscore_plugin.criteria"
+
+_INTEGRATION = "dscore_plugin.integrations.torch_pruning.importance"
+_TORCH_PRUNING = "torch_pruning.pruner.importance"
+
+
+@dataclass(frozen=True)
+class CriterionInfo:
+    """What one needs to know to choose and to build a criterion.
+
+    Attributes:
+        name: as on the command line.
+        kind: ``score`` (weights only), ``data_score`` (accumulates over batches), ``trained`` (needs training of
+            its own) or ``selector`` (makes a plan by search).
+        paper: authors and title.
+        arxiv: the paper's arXiv id, or its venue where it has none.
+        granularity: what it can prune.
+        summary: one line.
+        importance: ``module:attribute`` of its importance class for Torch-Pruning.
+        options: keyword arguments of that class.
+        function: ``module:attribute`` of its pure function, or an empty string.
+        needs_data: whether it looks at images.
+        needs_gradients: whether it needs a backward pass.
+        needs_batchnorm: whether it reads batch norm's scales.
+        baseline: whether it is Torch-Pruning's own, listed for comparison.
+    """
+
+    name: str
+    kind: Kind
+    paper: str
+    arxiv: str
+    granularity: tuple[Granularity, ...]
+    summary: str
+    importance: str
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    function: str = ""
+    needs_data: bool = False
+    needs_gradients: bool = False
+    needs_batchnorm: bool = False
+    baseline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise CriterionError(f"criterion {self.name!r} has kind {self.kind!r}; expected {get_args(Kind)}")
+        unknown = set(self.granularity) - set(get_args(Granularity))
+        if unknown or not self.granularity:
+            raise CriterionError(
+                f"criterion {self.name!r} has granularity {self.granularity}; expected some of {get_args(Granularity)}"
+            )
+
+    def build(self, **options: Any) -> Callable[[Any], Any]:
+        """Return the importance object: called with a group of DepGraph's, it scores the group's channels.
+
+        Args:
+            **options: override those of the criterion.
+
+        Raises:
+            CriterionError: if an option is unknown or wrong.
+        """
+        try:
+            importance: Callable[[Any], Any] = load_object(self.importance)(**{**self.options, **options})
+        except TypeError as error:
+            raise CriterionError(f"criterion {self.name!r} cannot take the options {options}: {error}") from error
+        return importance
+
+
+def load_object(path: str) -> Any:
+    """Import what ``module:attribute`` names."""
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+_D_SCORE = "Park et al., D-Score: A Synapse-Inspired Approach for Filter Pruning"
+_BUILT_IN = (
+    CriterionInfo(
+        "d_score", "score", _D_SCORE, "2308.04470", ("channel",),
+        "ranks of the positive and of the negative mass of a filter, added",
+        f"{_INTEGRATION}:DScoreImportance", function="dscore_plugin.criteria.d_score:d_score",
+    ),
+    CriterionInfo(
+        "d_step", "score", _D_SCORE, "2308.04470", ("channel",),
+        "filters that are small in both signs first: order by the larger of the two ranks",
+        f"{_INTEGRATION}:DStepImportance", function="dscore_plugin.criteria.d_score:d_step",
+    ),
+    CriterionInfo(
+        "d_step_gm", "score", _D_SCORE, "2308.04470", ("channel",),
+        "D-Step on summed distances to the other filters, for each sign",
+        f"{_INTEGRATION}:DStepGMImportance", function="dscore_plugin.criteria.d_score:d_step_gm",
+    ),
+    CriterionInfo(
+        "l1", "score", "Li et al., Pruning Filters for Efficient ConvNets", "1608.08710", ("channel",),
+        "group L1 norm (Torch-Pruning's)",
+        f"{_TORCH_PRUNING}:GroupMagnitudeImportance", MappingProxyType({"p": 1}), baseline=True,
+    ),
+    CriterionInfo(
+        "l2", "score", "Fang et al., DepGraph: Towards Any Structural Pruning", "2301.12900", ("channel",),
+        "group L2 norm (Torch-Pruning's)",
+        f"{_TORCH_PRUNING}:GroupMagnitudeImportance", MappingProxyType({"p": 2}), baseline=True,
+    ),
+    CriterionInfo(
+        "fpgm", "score", "He et al., Filter Pruning via Geometric Median", "1811.00250", ("channel",),
+        "summed distance to the other filters (Torch-Pruning's)",
+        f"{_TORCH_PRUNING}:FPGMImportance", baseline=True,
+    ),
+    CriterionInfo(
+        "bn_scale", "score", "Liu et al., Learning Efficient Convolutional Networks through Network Slimming",
+        "1708.06519", ("channel",), "magnitude of batch norm's scale (Torch-Pruning's)",
+        f"{_TORCH_PRUNING}:BNScaleImportance", needs_batchnorm=True, baseline=True,
+    ),
+    CriterionInfo(
+        "lamp", "score", "Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning", "2010.07611",
+        ("channel",), "layer-adaptive magnitude (Torch-Pruning's)",
+        f"{_TORCH_PRUNING}:LAMPImportance", baseline=True,
+    ),
+    CriterionInfo(
+        "taylor", "data_score", "Molchanov et al., Importance Estimation for Neural Network Pruning", "1906.10771",
+        ("channel",), "first-order Taylor expansion of the loss (Torch-Pruning's)",
+        f"{_TORCH_PRUNING}:GroupTaylorImportance", needs_data=True, needs_gradients=True, baseline=True,
+    ),
+    CriterionInfo(
+        "random", "score", "none: the baseline that every criterion must beat", "-", ("channel",),
+        "random scores, by seed (Torch-Pruning's)",
+        f"{_TORCH_PRUNING}:RandomImportance", baseline=True,
+    ),
+)  # fmt: skip
+
+
+@cache
+def _criteria() -> dict[str, CriterionInfo]:
+    known = {info.name: info for info in _BUILT_IN}
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        loaded = entry.load()
+        for info in [loaded] if isinstance(loaded, CriterionInfo) else loaded:
+            if not isinstance(info, CriterionInfo):
+                raise CriterionError(f"entry point {entry.name!r} of {ENTRY_POINTS!r} is no CriterionInfo: {info!r}")
+            if info.name in known:
+                raise CriterionError(f"entry point {entry.name!r} redefines the criterion {info.name!r}; rename it")
+            known[info.name] = info
+    return known
+
+
+def list_criteria(filter: Callable[[CriterionInfo], bool] | None = None) -> list[CriterionInfo]:
+    """Return the known criteria, ours first, then the baselines.
+
+    Args:
+        filter: keep those for which it is true, e.g. ``lambda info: not info.needs_data``.
+    """
+    infos = sorted(_criteria().values(), key=lambda info: info.baseline)
+    return [info for info in infos if filter is None or filter(info)]
+
+
+def get_criterion(name: str) -> CriterionInfo:
+    """Return what is known of a criterion; raise CriterionError with the nearest names if it is unknown."""
+    known = _criteria()
+    if name not in known:
+        raise CriterionError(f"criterion {name!r} is unknown{did_you_mean(name, known)} (see: dscore list)")
+    return known[name]

@@ -1,0 +1,98 @@
+"""A Plan's channel removals, carried out by DepGraph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dscore_plugin.errors import ModelError, PlanError
+from dscore_plugin.groups import ChannelGroup
+from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
+from dscore_plugin.plan import ChannelRemoval
+
+
+def remove_channels(
+    model: nn.Module, example_inputs: tuple[Any, ...], removals: Sequence[ChannelRemoval]
+) -> nn.Module:
+    """Remove channels physically, in place; frozen parameters stay frozen.
+
+    Args:
+        model: the network before pruning.
+        example_inputs: the arguments of one forward pass, for tracing and for the check at the end.
+        removals: which output channels leave which root layer; indices before pruning.
+
+    Returns:
+        ``model``, in eval mode.
+
+    Raises:
+        PlanError: if a removal does not fit the network.
+        ModelError: if the network cannot be traced, or does not run after the removal; then it is as it was.
+    """
+    graph = PruningGraph(model, example_inputs)
+    _check(graph, removals)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    with _rolled_back_on_error(model):
+        try:
+            for removal in removals:
+                _remove(graph, removal)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name not in frozen)
+            model.eval()
+            with torch.inference_mode():
+                model(*example_inputs)
+        except Exception as error:
+            raise ModelError(
+                f"{type(model).__name__} does not run after the removal of channels: {error}; protect the layers "
+                "concerned with ignored layers, or report the architecture"
+            ) from error
+    return model
+
+
+def _remove(graph: PruningGraph, removal: ChannelRemoval) -> None:
+    root = graph.model.get_submodule(removal.layer)
+    prune_out = graph.depgraph.get_pruner_of_module(root).prune_out_channels
+    graph.depgraph.get_pruning_group(root, prune_out, list(removal.channels)).prune()
+
+
+def _check(graph: PruningGraph, removals: Sequence[ChannelRemoval]) -> None:
+    groups = {group.name: group for group in graph.groups}
+    for removal in removals:
+        group = groups.get(removal.layer)
+        if group is None:
+            raise PlanError(f"the network has no group of channels named {removal.layer!r}; make a new plan")
+        _check_group(group, removal.channels)
+
+
+def _check_group(group: ChannelGroup, channels: tuple[int, ...]) -> None:
+    if group.protected:
+        raise PlanError(f"{group.name!r} must not be pruned: {group.protected}")
+    if channels and not 0 <= min(channels) <= max(channels) < group.channels:
+        raise PlanError(f"{group.name!r} has channels 0..{group.channels - 1}; the plan names {max(channels)}")
+    try:
+        units = group.units_of(channels)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    if len(units) >= group.units:
+        raise PlanError(f"the plan removes all {group.channels} channels of {group.name!r}; keep at least one")
+
+
+@contextmanager
+def _rolled_back_on_error(model: nn.Module) -> Iterator[None]:
+    """Undo what DepGraph did if it fails half-way: it replaces parameters and attributes, never their contents."""
+    before = [(module, _snapshot(module)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, state in before:
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        raise
+
+
+def _snapshot(module: nn.Module) -> dict[str, Any]:
+    tables = ("_parameters", "_buffers", "_modules")
+    return {key: dict(value) if key in tables else value for key, value in module.__dict__.items()}
