@@ -1,0 +1,95 @@
+"""The numbers of a network: MACs, parameters, latency, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+_SPREAD = 0.1  # measure on until the interquartile range is below this part of the median
+_PATIENCE = 4  # but no longer than this many times the least time
+
+
+def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
+    """Count the MACs of one image and the parameters, as Torch-Pruning counts them.
+
+    Convolutions and linear layers are multiply-accumulates (their biases too); norms, activations and
+    poolings that are modules add one or two for each element.
+
+    Args:
+        model: any network; it works on a copy, so neither its mode nor its statistics change.
+        example_inputs: a tensor of shape ``(B, C, H, W)``, or a tuple of inputs, on the model's device.
+
+    Returns:
+        MACs of one image, and parameters.
+    """
+    import torch_pruning
+
+    macs, params = torch_pruning.utils.count_ops_and_params(model, example_inputs)
+    return round(macs), int(params)
+
+
+def latency(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    batch_sizes: Sequence[int] = (1, 64),
+    min_run_time: float = 0.5,
+) -> dict[str, dict[str, float]]:
+    """Measure how long the network takes for one batch, in eval and inference mode, where it is.
+
+    Args:
+        model: any network that takes one tensor; its mode is restored.
+        input_shape: shape of one input, ``(C, H, W)``.
+        batch_sizes: images at a time.
+        min_run_time: seconds to measure at least, for each batch size; up to four times as long where the
+            measurements scatter.
+
+    Returns:
+        For each batch size, as a string, the ``"median"`` and the interquartile range ``"iqr"`` in
+        milliseconds for the whole batch.
+    """
+    with _evaluating(model), torch.inference_mode():
+        return {str(batch): _measure(model, (batch, *input_shape), min_run_time) for batch in batch_sizes}
+
+
+def file_sizes(folder: str | Path) -> dict[str, int]:
+    """Return the size in bytes of each file in a folder, by name."""
+    return {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return how many bytes the state dict takes, shared tensors once: nearly the size of its file."""
+    tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
+    distinct = {
+        (t.data_ptr() or id(t), t.shape): t for t in tensors
+    }  # on the meta device no address tells them
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+
+
+def _measure(model: nn.Module, shape: tuple[int, ...], min_run_time: float) -> dict[str, float]:
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+    timer = Timer(
+        "model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads()
+    )
+    measured = timer.adaptive_autorange(
+        _SPREAD, min_run_time=min_run_time, max_run_time=_PATIENCE * min_run_time
+    )
+    return {"median": 1e3 * measured.median, "iqr": 1e3 * measured.iqr}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a network into eval mode, and every module back into the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
