@@ -93,8 +93,7 @@ def plan_pruning(
         ModelError: if the model cannot be traced, holds NaN, or nothing in it can be pruned.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    goals = {"ratio": ratio, "target_macs": target_macs, "target_params": target_params}
-    goal, amount = _single_goal(goals)
+    goal, amount = check_goal(ratio, target_macs, target_params)
     _check_choice("allocation", allocation, PATHS)
     _check_choice("layers", layers, LAYERS)
     info = get_criterion(criterion)
@@ -189,11 +188,14 @@ def _meet(
     return meet(path, lambda counts: getattr(table.cost(counts), unit) / whole, amount, scored, limits, goal)
 
 
-def _single_goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
+def check_goal(
+    ratio: float | None, target_macs: float | None, target_params: float | None
+) -> tuple[str, float]:
+    """Return the name and the value of the one goal that is given; raise BudgetError if there is not exactly one."""
+    goals = {"ratio": ratio, "target_macs": target_macs, "target_params": target_params}
     given = {name: value for name, value in goals.items() if value is not None}
     if len(given) != 1:
-        said = " and ".join(given) or "none"
-        raise BudgetError(f"give exactly one of {', '.join(goals)}; got {said}")
+        raise BudgetError(f"give exactly one of {', '.join(goals)}; got {' and '.join(given) or 'none'}")
     ((name, value),) = given.items()
     check_fraction(name, value)
     return name, value

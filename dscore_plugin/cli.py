@@ -1,0 +1,307 @@
+"""The command line: parses, calls the pipeline, prints. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dscore_plugin.errors import DScoreError
+from dscore_plugin.registry import list_criteria
+
+app = typer.Typer(
+    help="Prune networks with paper-faithful criteria.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+_errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the validation split, the training and everything random.")]
+Model = Annotated[str, typer.Option(help="A name in timm's registry; the CIFAR networks of the papers are there too.")]
+ModelArg = Annotated[
+    list[str] | None, typer.Option("--model-arg", metavar="NAME=VALUE", help="A further argument of the model.")
+]
+Weights = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Safetensors weights of the dense network.", show_default=False)
+]
+Data = Annotated[
+    str, typer.Option(help="digits, cifar10[:PATH], cifar100[:PATH], svhn[:PATH] or imagefolder:PATH.")
+]
+ImageSize = Annotated[int | None, typer.Option(min=8, help="For image folders.", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Criterion = Annotated[str, typer.Option(help="See: dscore list.")]
+Ratio = Annotated[
+    float | None, typer.Option(metavar="R", help="Share of the channels to remove, in (0, 1).", show_default=False)
+]
+TargetMacs = Annotated[
+    float | None, typer.Option(metavar="F", help="Share of the MACs to keep, in (0, 1).", show_default=False)
+]
+TargetParams = Annotated[
+    float | None, typer.Option(metavar="F", help="Share of the parameters to keep, in (0, 1).", show_default=False)
+]
+Allocation = Annotated[str, typer.Option(help="uniform: the same share of every layer; global: lowest scores first.")]
+Layers = Annotated[str, typer.Option(help="all, or inner: residual sums stay whole.")]
+MinChannels = Annotated[int, typer.Option(min=1, help="Channels that every layer keeps at least.")]
+RoundTo = Annotated[
+    int | None, typer.Option(min=1, help="Keep a multiple of so many channels.", show_default=False)
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+_PRUNE_HELP = """Prune a network, fine-tune it, save it with a report.
+
+Without arguments: a small CNN on scikit-learn's digits, trained first, in under two minutes.
+
+Examples:
+
+`dscore prune`
+
+`dscore prune --model cifar_resnet56 --weights resnet56.safetensors --data cifar10:PATH --criterion d_score
+--target-macs 0.5 --epochs 2 --out runs/r56`
+"""
+
+
+@app.command(help=_PRUNE_HELP)
+def prune(
+    model: Model = "digits_cnn",
+    weights: Weights = None,
+    data: Data = "digits",
+    criterion: Criterion = "d_score",
+    ratio: Ratio = None,
+    target_macs: TargetMacs = None,
+    target_params: TargetParams = None,
+    allocation: Allocation = "uniform",
+    layers: Layers = "all",
+    min_channels: MinChannels = 1,
+    round_to: RoundTo = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Apply this plan instead of choosing.", show_default=False)
+    ] = None,
+    calibration_images: Annotated[int, typer.Option(min=1, help="For criteria that look at data.")] = 1024,
+    epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 leaves it out.")] = 10,
+    dense_epochs: Annotated[
+        int | None, typer.Option(min=0, help="Of training the dense network, without weights.", show_default=False)
+    ] = None,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Of fine-tuning, at its peak.")] = 0.02,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    weight_decay: Annotated[float, typer.Option()] = 5e-4,
+    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    label_smoothing: Annotated[float, typer.Option()] = 0.0,
+    precision: Annotated[str, typer.Option(help="Of training: auto, float32 or bfloat16.")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    no_recalibrate: Annotated[
+        bool, typer.Option("--no-recalibrate", help="Leave batch norm's statistics as they are.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the artifact; default runs/MODEL-CRITERION.", show_default=False)
+    ] = None,
+    force: Force = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    model_arg: ModelArg = None,
+    image_size: ImageSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Prune a network, fine-tune it, save it with a report."""
+    from dscore_plugin.pipeline import Choice, PruneJob, Source, default_out, run_prune
+    from dscore_plugin.report.tables import print_metrics
+    from dscore_plugin.training.config import TrainingConfig
+    from dscore_plugin.training.progress import RichProgress
+
+    if plan is None and ratio is None and target_macs is None and target_params is None:
+        target_macs = 0.5
+    training = None
+    if epochs:
+        training = TrainingConfig(
+            epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, weight_decay=weight_decay,
+            schedule=schedule, label_smoothing=label_smoothing, precision=precision, workers=workers, seed=seed,
+        )  # type: ignore[arg-type]  # fmt: skip
+    job = PruneJob(
+        Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
+        Choice(
+            criterion, ratio, target_macs, target_params, allocation, layers, min_channels, round_to, calibration_images
+        ),
+        out or default_out(model, criterion),
+        plan=plan,
+        training=training,
+        dense_epochs=dense_epochs,
+        recalibrate=not no_recalibrate,
+        force=force,
+        resume=resume,
+        command=shlex.join(["dscore", *sys.argv[1:]]),
+    )
+    metrics = run_prune(job, RichProgress(), _say)
+    if json_:
+        _print_json({"folder": str(job.out), **metrics})
+    else:
+        print_metrics(metrics, title=f"{model}, {criterion}", console=Console())
+
+
+_EVALUATE_HELP = """Measure an artifact, or a dense network, on the test images.
+
+Examples:
+
+`dscore evaluate runs/r56 --data cifar10:PATH`
+
+`dscore evaluate --model cifar_resnet56 --weights resnet56.safetensors --data cifar10:PATH`
+"""
+
+
+@app.command(help=_EVALUATE_HELP)
+def evaluate(
+    folder: Annotated[Path | None, typer.Argument(help="An artifact.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="A dense network instead.", show_default=False)] = None,
+    weights: Weights = None,
+    data: Data = "digits",
+    model_arg: ModelArg = None,
+    image_size: ImageSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Measure an artifact, or a dense network, on the test images."""
+    from dscore_plugin.pipeline import Source, require_one, run_evaluate
+    from dscore_plugin.training.progress import RichProgress
+
+    require_one(folder, model)
+    source = Source(model or "", data, weights, _model_args(model_arg), image_size, seed, device)
+    numbers = run_evaluate(folder, source, RichProgress())
+    if json_:
+        _print_json(numbers)
+        return
+    table = Table(title=str(folder or model))
+    for heading in ("top-1", "images", "MACs", "parameters", "latency, batch 1", "latency, batch 64"):
+        table.add_column(heading, justify="right")
+    milliseconds = [f"{entry['median']:.2f} ms" for entry in numbers["latency_ms"].values()]
+    table.add_row(
+        f"{numbers['top1']:.2f} %", f"{numbers['images']:,}", f"{numbers['macs'] / 1e6:.2f} M",
+        f"{numbers['params']:,}", *milliseconds,
+    )  # fmt: skip
+    Console().print(table)
+
+
+_PLAN_HELP = """Choose what leaves a network, and write it down as a plan one can read and edit.
+
+Example:
+
+`dscore plan --model cifar_resnet56 --weights resnet56.safetensors --data cifar10:PATH --target-macs 0.5 --out plan.json`
+"""
+
+
+@app.command(help=_PLAN_HELP)
+def plan(
+    out: Annotated[Path, typer.Option(help="The plan's file.")],
+    model: Model = "digits_cnn",
+    weights: Weights = None,
+    data: Data = "digits",
+    criterion: Criterion = "d_score",
+    ratio: Ratio = None,
+    target_macs: TargetMacs = None,
+    target_params: TargetParams = None,
+    allocation: Allocation = "uniform",
+    layers: Layers = "all",
+    min_channels: MinChannels = 1,
+    round_to: RoundTo = None,
+    calibration_images: Annotated[int, typer.Option(min=1, help="For criteria that look at data.")] = 1024,
+    force: Force = False,
+    model_arg: ModelArg = None,
+    image_size: ImageSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Choose what leaves a network, and write it down."""
+    from dscore_plugin.errors import PlanError
+    from dscore_plugin.pipeline import Choice, Source, run_plan
+
+    if out.exists() and not force:
+        raise PlanError(f"{out} exists already; choose another file, or replace it with --force")
+    chosen = run_plan(
+        Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
+        Choice(
+            criterion, ratio, target_macs, target_params, allocation, layers, min_channels, round_to, calibration_images
+        ),
+    )
+    chosen.save(out)
+    if json_:
+        _print_json(chosen.to_dict())
+    else:
+        typer.echo(str(chosen))
+
+
+_LIST_HELP = """List the criteria: name, paper, granularity, what each needs.
+
+Examples:
+
+`dscore list`
+
+`dscore list --json`
+"""
+
+
+@app.command("list", help=_LIST_HELP)
+def list_(seed: Seed = 0, json_: Json = False) -> None:
+    """List the criteria."""
+    infos = list_criteria()
+    if json_:
+        keys = ("name", "kind", "paper", "arxiv", "granularity", "needs_data", "needs_gradients", "needs_batchnorm")
+        rows = [{key: getattr(info, key) for key in (*keys, "baseline", "summary")} for info in infos]
+        _print_json({"criteria": rows})
+        return
+    table = Table()
+    for heading in ("name", "kind", "prunes", "needs", "paper", "what it is"):
+        table.add_column(heading, no_wrap=heading in ("name", "kind", "prunes"))
+    for info in infos:
+        needs = [what for what in ("data", "gradients", "batchnorm") if getattr(info, f"needs_{what}")]
+        paper = f"{info.paper.split(',')[0]}, {info.arxiv}" if info.arxiv != "-" else "-"
+        table.add_row(info.name, info.kind, ", ".join(info.granularity), ", ".join(needs), paper, info.summary)
+    Console().print(table)
+
+
+def _model_args(pairs: list[str] | None) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` pairs; a value that is JSON is taken as such, anything else as text."""
+    arguments: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, separator, value = pair.partition("=")
+        if not separator or not name.isidentifier():
+            raise DScoreError(f"--model-arg {pair!r} is no NAME=VALUE pair, such as drop_rate=0.1")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    typer.echo(json.dumps(content))
+
+
+def _say(line: str) -> None:
+    _errors.print(line, markup=False)
+
+
+def main(run: Callable[[], Any] = app) -> NoReturn:
+    """Run the command line; bad input gives one line on stderr and exit code 2, Ctrl-C 130."""
+    try:
+        run()
+    except DScoreError as error:
+        _errors.print(f"dscore: {error}", style="red", markup=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        _errors.print("dscore: stopped; what was finished stays, and --resume goes on with it", style="red")
+        raise SystemExit(130) from None
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""One pruning run, readable from top to bottom: load, score, select, remove, save, fine-tune, report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dscore_plugin.artifact import load_pruned, read_structure, save_pruned
+from dscore_plugin.datasets import ImageData, load_data
+from dscore_plugin.errors import ArtifactError, BudgetError, ModelError
+from dscore_plugin.files import ensure_writable, read_json, write_json
+from dscore_plugin.models import create_model, load_weights
+from dscore_plugin.plan import Plan
+from dscore_plugin.planning import check_goal, plan_pruning
+from dscore_plugin.registry import get_criterion
+from dscore_plugin.report.numbers import count, file_sizes, latency
+from dscore_plugin.report.tables import report_markdown
+from dscore_plugin.training.config import TrainingConfig
+from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm
+from dscore_plugin.training.loop import train
+from dscore_plugin.training.progress import NoProgress, Progress
+
+Say = Callable[[str], None]
+DENSE_EPOCHS = {"digits": 20}  # data small enough that a dense network is trained on the spot
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which network, which weights, which images.
+
+    Attributes:
+        model: a name in timm's registry, ours included.
+        data: as in :func:`dscore_plugin.datasets.load_data`.
+        weights: a safetensors file of the dense network.
+        model_args: further arguments of the model.
+        image_size: for image folders.
+        seed: of the validation split, the training and everything random.
+        device: ``"auto"`` takes a GPU where there is one.
+    """
+
+    model: str = "digits_cnn"
+    data: str = "digits"
+    weights: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    image_size: int | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    def load_images(self) -> ImageData:
+        """Load the images; raise DataError if they are not there."""
+        return load_data(self.data, seed=self.seed, image_size=self.image_size)
+
+    def build(self, data: ImageData) -> nn.Module:
+        """Build the network for ``data`` and load its weights, if any are named; raise ModelError if they misfit."""
+        torch.manual_seed(self.seed)
+        model = create_model(
+            self.model, num_classes=data.num_classes, in_chans=data.input_shape[0], **self.model_args
+        )
+        if self.weights:
+            load_weights(model, Path(self.weights))
+        return model.to(self.find_device())
+
+    def find_device(self) -> torch.device:
+        """Return the device to compute on."""
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the channels are chosen; the fields are those of :func:`dscore_plugin.planning.plan_pruning`."""
+
+    criterion: str = "d_score"
+    ratio: float | None = None
+    target_macs: float | None = None
+    target_params: float | None = None
+    allocation: str = "uniform"
+    layers: str = "all"
+    min_channels: int = 1
+    round_to: int | None = None
+    calibration_images: int = 1024
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """Everything that ``dscore prune`` is asked to do.
+
+    Attributes:
+        source: network, weights, images.
+        choice: criterion, budget, allocation.
+        out: the folder of the artifact.
+        plan: a plan to apply, instead of choosing.
+        training: of the fine-tuning; None leaves it out.
+        dense_epochs: epochs of training the dense network where there are no weights.
+        recalibrate: whether batch norm's statistics are measured again after the removal.
+        force: replace an existing artifact.
+        resume: go on with an interrupted run.
+        command: the command line, for the report.
+    """
+
+    source: Source
+    choice: Choice
+    out: Path
+    plan: Path | None = None
+    training: TrainingConfig | None = None
+    dense_epochs: int | None = None
+    recalibrate: bool = True
+    force: bool = False
+    resume: bool = False
+    command: str = ""
+
+    @property
+    def work(self) -> Path:
+        """Where checkpoints lie until the artifact is complete."""
+        return self.out.with_name(self.out.name + ".work")
+
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted run and its continuation must have in common."""
+        content = asdict(self)
+        for key in ("force", "resume", "command", "out"):
+            del content[key]
+        return {**content, "plan": str(self.plan) if self.plan else None}
+
+
+def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda _: None) -> dict[str, Any]:
+    """Prune a network end to end and save the artifact.
+
+    Args:
+        job: what to do.
+        progress: shows bars.
+        say: takes a line of news now and then.
+
+    Returns:
+        The content of ``metrics.json``: ``dense``, ``pruned``, ``recalibrated`` and ``finetuned``, each with
+        ``top1`` in percent, ``macs``, ``params`` and ``latency_ms``, or None where it was not run.
+
+    Raises:
+        DScoreError: on bad input, before any work starts; or if the work fails, with what was finished kept.
+    """
+    shown = progress or NoProgress()
+    _check(job)
+    data = job.source.load_images()
+    model = job.source.build(data)
+    _open_work(job, say)
+
+    model = _dense(job, model, data, shown, say)
+    metrics: dict[str, Any] = {"dense": _measure(model, data, shown)}
+    say(f"dense: top-1 {metrics['dense']['top1']:.2f} %, {metrics['dense']['macs'] / 1e6:.1f} M MACs")
+
+    plan = _plan(job, model, data)
+    plan.save(job.work / "plan.json")
+    say(str(plan))
+    plan.apply(model)
+    metrics["pruned"] = _measure(model, data, shown)
+    metrics["recalibrated"] = _recalibrated(job, model, data, metrics["pruned"], shown)
+    metrics["finetuned"] = _finetuned(job, model, data, metrics["pruned"], shown, say)
+
+    _save(job, model, data, plan, metrics)
+    shutil.rmtree(job.work)
+    say(f"saved {job.out}; load it with dscore_plugin.load_pruned({str(job.out)!r})")
+    return metrics
+
+
+def run_plan(source: Source, choice: Choice, say: Say = lambda _: None) -> Plan:
+    """Choose what leaves a network, without touching it."""
+    get_criterion(choice.criterion)
+    check_goal(choice.ratio, choice.target_macs, choice.target_params)
+    if source.weights is None:
+        raise ModelError("a plan needs trained weights; pass --weights FILE")
+    data = source.load_images()
+    return _choose(source, choice, source.build(data), data)
+
+
+def run_evaluate(
+    folder: Path | None, source: Source | None, data: str | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Measure a saved artifact, or a dense network, on the test images.
+
+    Args:
+        folder: an artifact; or None.
+        source: a dense network with its weights; or None.
+        data: the images for the artifact; by default those it was made with.
+        progress: shows bars.
+
+    Returns:
+        ``{"top1", "images", "macs", "params", "latency_ms"}``.
+
+    Raises:
+        DScoreError: on bad input.
+    """
+    if folder is not None:
+        read_structure(folder)
+        images = load_data(data or "digits")
+        model = load_pruned(folder).to(Source().find_device())
+    else:
+        assert source is not None
+        if source.weights is None:
+            raise ModelError("a dense network needs trained weights; pass --weights FILE, or name an artifact")
+        images = source.load_images()
+        model = source.build(images)
+    return {**_measure(model, images, progress or NoProgress()), "images": len(images.test)}
+
+
+def _check(job: PruneJob) -> None:
+    """Refuse what can be refused before any work starts."""
+    ensure_writable(job.out, job.force)
+    get_criterion(job.choice.criterion)
+    if job.plan is not None:
+        Plan.load(job.plan)
+    else:
+        check_goal(job.choice.ratio, job.choice.target_macs, job.choice.target_params)
+    if job.source.weights is None and _dense_epochs(job) < 1:
+        raise ModelError(
+            f"{job.source.model} has no weights; pass --weights FILE, or --dense-epochs N to train it first"
+        )
+
+
+def _open_work(job: PruneJob, say: Say) -> None:
+    """Make the folder of checkpoints, or go on with it."""
+    note = job.work / "job.json"
+    if note.exists() and job.resume:
+        before, now = read_json(note), _plain(job.identity())
+        different = [key for key in now if before.get(key) != now[key]]
+        if different:
+            raise ArtifactError(
+                f"{job.work} holds another run ({', '.join(different)} differ); use the same options, or --force"
+            )
+        say(f"continuing the run in {job.work}")
+        return
+    if job.work.exists():
+        if not job.force:
+            raise ArtifactError(f"{job.work} holds an unfinished run; go on with --resume, or start over with --force")
+        shutil.rmtree(job.work)
+    job.work.mkdir(parents=True)
+    write_json(note, _plain(job.identity()))
+
+
+def _plain(content: dict[str, Any]) -> dict[str, Any]:
+    """Turn tuples into lists, as JSON does, so that two jobs can be compared."""
+    return {
+        key: _plain(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
+        for key, value in content.items()
+    }
+
+
+def _dense_epochs(job: PruneJob) -> int:
+    return DENSE_EPOCHS.get(job.source.data, 0) if job.dense_epochs is None else job.dense_epochs
+
+
+def _dense(job: PruneJob, model: nn.Module, data: ImageData, progress: Progress, say: Say) -> nn.Module:
+    """Train the dense network, unless weights came with it."""
+    if job.source.weights is None:
+        base = job.training or TrainingConfig(epochs=1)
+        config = replace(base, epochs=_dense_epochs(job), learning_rate=0.1, warmup_epochs=0)
+        say(f"no weights given: training {job.source.model} for {config.epochs} epochs")
+        train(model, data.train, None, config, checkpoint=job.work / "dense", resume=job.resume, progress=progress)
+    return model
+
+
+def _plan(job: PruneJob, model: nn.Module, data: ImageData) -> Plan:
+    return Plan.load(job.plan) if job.plan else _choose(job.source, job.choice, model, data)
+
+
+def _choose(source: Source, choice: Choice, model: nn.Module, data: ImageData) -> Plan:
+    options = asdict(choice)
+    images = options.pop("calibration_images")
+    batches = []
+    if get_criterion(choice.criterion).needs_data:
+        chosen = data.train.plain().subset(min(images, len(data.train)), seed=source.seed)
+        device = source.find_device()
+        batches = [(x.to(device), y.to(device)) for x, y in chosen.loader(128)]
+    example = torch.zeros(1, *data.input_shape, device=source.find_device())
+    return plan_pruning(model, example, batches=batches, seed=source.seed, **options)
+
+
+def _measure(model: nn.Module, data: ImageData, progress: Progress) -> dict[str, Any]:
+    example = torch.zeros(1, *data.input_shape, device=next(model.parameters()).device)
+    macs, params = count(model, (example,))
+    top1 = evaluate(model, data.test, progress=progress).top1
+    return {"top1": top1, "macs": macs, "params": params, "latency_ms": latency(model, data.input_shape)}
+
+
+def _recalibrated(
+    job: PruneJob, model: nn.Module, data: ImageData, pruned: dict[str, Any], progress: Progress
+) -> dict[str, Any] | None:
+    if not job.recalibrate:
+        return None
+    recalibrate_batchnorm(model, data.train.plain())
+    return {**pruned, "top1": evaluate(model, data.test, progress=progress).top1}
+
+
+def _finetuned(
+    job: PruneJob, model: nn.Module, data: ImageData, pruned: dict[str, Any], progress: Progress, say: Say
+) -> dict[str, Any] | None:
+    if job.training is None:
+        return None
+    checkpoint = job.work / "finetune"
+    result = train(
+        model, data.train, data.validation, job.training, checkpoint=checkpoint, resume=job.resume, progress=progress
+    )
+    say(f"fine-tuned for {len(result.history)} epochs")
+    return {**pruned, "top1": evaluate(model, data.test, progress=progress).top1}
+
+
+def _save(job: PruneJob, model: nn.Module, data: ImageData, plan: Plan, metrics: dict[str, Any]) -> None:
+    stages = {"before": metrics["dense"], "after": metrics["pruned"]}
+    save_pruned(
+        model,
+        job.out,
+        architecture=job.source.model,
+        model_args={"num_classes": data.num_classes, "in_chans": data.input_shape[0], **job.source.model_args},
+        input_shape=data.input_shape,
+        plan=plan.to_dict(),
+        history=[[r.layer, True, list(r.channels)] for r in plan.removals],
+        criterion=plan.made_by.get("criterion"),
+        numbers={when: {key: stage[key] for key in ("macs", "params")} for when, stage in stages.items()},
+        metrics=metrics,
+        report=lambda folder: report_markdown(
+            read_json(folder / "pruned_structure.json"),
+            metrics,
+            sizes=file_sizes(folder),
+            command=job.command,
+            folder=str(job.out),
+        ),
+        force=job.force,
+    )
+
+
+def default_out(model: str, criterion: str) -> Path:
+    """Return where an artifact goes if nobody says."""
+    return Path("runs") / f"{model}-{criterion}"
+
+
+def require_one(folder: Path | None, model: str | None) -> None:
+    """Refuse an evaluation of nothing, or of two things at once."""
+    if (folder is None) == (model is None):
+        raise BudgetError("name either an artifact's folder or --model with --weights")
