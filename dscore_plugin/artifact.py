@@ -1,8 +1,8 @@
 """Save and load a pruned model: safetensors for the weights, JSON for the structure, never pickle.
 
 A folder holds ``model.safetensors``, ``pruned_structure.json`` (how the model differs from the dense
-architecture), ``metrics.json`` and ``report.md``. Loading builds the dense architecture without memory for its
-weights, narrows its layers as the JSON says, checks every shape, and assigns the weights; nothing is traced.
+architecture), ``metrics.json`` and ``report.md``. Loading builds the dense architecture without memory for
+its weights, narrows its layers as the JSON says, checks every shape and assigns the weights, without tracing.
 """
 
 from __future__ import annotations
@@ -28,12 +28,8 @@ from dscore_plugin.errors import ArtifactError, did_you_mean
 from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write_json, write_text
 
 FORMAT_VERSION = 1
-WEIGHTS, STRUCTURE, METRICS, REPORT = (
-    "model.safetensors",
-    "pruned_structure.json",
-    "metrics.json",
-    "report.md",
-)
+WEIGHTS, STRUCTURE = "model.safetensors", "pruned_structure.json"
+METRICS, REPORT = "metrics.json", "report.md"
 CUSTOM = "custom"
 STAGES = ("dense", "pruned", "recalibrated", "finetuned")
 
@@ -44,12 +40,12 @@ num_groups normalized_shape num_embeddings embedding_dim num_parameters embed_di
 hidden_size input_size proj_size
 """
 _TIMM_WIDTHS = """
-attention_dim attn_dim channel_splits channels d d_inner dh dim dim_conv3 dim_head dim_head_qk dim_head_v dim_k
-dim_out dim_out_qk dim_out_v dim_qk dim_untouched dim_v embed_dims expand_chs group head_hidden_size head_splits
-heads hidden_dim hidden_features in_chans in_chs in_dim in_planes inc inplanes input_split key_attn_dim key_dim
-kv_dim mhca_out_chs mhsa_out_chs num_1x1_c num_classes num_keys num_kv_groups num_kv_heads num_out_features
-o_proj_inpdim out_chs out_dim out_planes pdim planes pool_dim qk_dim shape split_indexes split_indices
-val_attn_dim val_dim value_dim width widths
+ attention_dim attn_dim channel_splits channels d d_inner dh dim dim_conv3 dim_head dim_head_qk dim_head_v
+dim_k dim_out dim_out_qk dim_out_v dim_qk dim_untouched dim_v embed_dims expand_chs group head_hidden_size
+head_splits heads hidden_dim hidden_features in_chans in_chs in_dim in_planes inc inplanes input_split
+key_attn_dim key_dim kv_dim mhca_out_chs mhsa_out_chs num_1x1_c num_classes num_keys num_kv_groups
+num_kv_heads num_out_features o_proj_inpdim out_chs out_dim out_planes pdim planes pool_dim qk_dim shape
+split_indexes split_indices val_attn_dim val_dim value_dim width widths
 """
 _SWITCHES = frozenset({"fused_attn"})  # the two forms of attention scale and round differently
 _FACTORS = frozenset({"scale"})  # of attention and of weight-standardised convolutions: follows a width
@@ -59,9 +55,7 @@ _LARGEST = 2**24
 # What may differ from the dense architecture without a trace in the outputs of eval mode.
 _TRAINING_ONLY = re.compile(r"training|p|momentum|inplace|grad_checkpointing|.*drop.*")
 # Arguments of a builder that make it read files, the network or a cache.
-_REFUSED_ARGUMENTS = re.compile(
-    r"(pretrained|checkpoint|cache|custom_load|file|url|hf_|name$|device$|dtype$).*"
-)
+_REFUSED_ARGUMENTS = re.compile(r"(pretrained|checkpoint|cache|custom_load|file|url|hf_).*|name|device|dtype")
 
 _STRUCTURE_FIELDS: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
@@ -317,8 +311,7 @@ def _differences(name: str, module: nn.Module, twin: nn.Module) -> dict[str, Any
         if _is_inert(module) and _is_inert(twin):
             return {}
         raise _lost(name, f"is a {type(module).__name__}, in the dense one a {type(twin).__name__}")
-    forward = vars(module).get("forward")
-    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+    if _forward(module) is not _forward(twin):
         raise _lost(name, "has a replaced forward()")
     changed = {}
     for key, value in vars(twin).items():
@@ -330,6 +323,11 @@ def _differences(name: str, module: nn.Module, twin: nn.Module) -> dict[str, Any
         elif not _TRAINING_ONLY.fullmatch(key):
             raise _lost(name, f"has {key} = {vars(module).get(key)!r}, in the dense one {value!r}")
     return changed
+
+
+def _forward(module: nn.Module) -> Any:
+    """The function that runs the module, be it its class's or one put in its place."""
+    return getattr(module.forward, "__func__", module.forward)
 
 
 def _lost(name: str, difference: str) -> ArtifactError:
@@ -579,9 +577,10 @@ def _build_dense(architecture: str, model_args: dict[str, Any], device: str = "m
     from dscore_plugin.models import create_model  # registers the networks of this package, too
 
     if not re.fullmatch(r"\w+", architecture) or not timm.is_model(architecture):
+        near = did_you_mean(architecture, timm.list_models())
         raise ArtifactError(
-            f"architecture {architecture!r} is unknown to timm{did_you_mean(architecture, timm.list_models())}; "
-            "import the module that registers it, or load with load_pruned(folder, model=dense)"
+            f"architecture {architecture!r} is unknown to timm{near}; "
+            "import the module that registers it, or give the dense model: load_pruned(folder, model=dense)"
         )
     try:
         with torch.random.fork_rng(devices=[]), torch.device(device):
@@ -656,7 +655,7 @@ def _check_tensor(name: str, found: _Stored, dense: Tensor, structure: dict[str,
 def _check_layers(
     model: nn.Module, entries: Mapping[str, dict[str, Any]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse layers whose attributes (those of ``entries`` where given) contradict the shapes of their tensors."""
+    """Refuse layers whose attributes (of ``entries``, else their own) contradict their tensors' shapes."""
     for name, module in _modules(model):
         attributes = vars(module) | entries.get(name, {"attributes": {}})["attributes"]
         for leaf, expected in _expected_shapes(module, attributes).items():
@@ -666,31 +665,29 @@ def _check_layers(
                     f"{leaf} of {type(module).__name__} {name!r} has shape {tuple(found)}; "
                     f"its attributes say {expected}"
                 )
-        for whole, parts in (
-            ("in_channels", "groups"),
-            ("out_channels", "groups"),
-            ("num_channels", "num_groups"),
-        ):
-            if _is_divided(module) and attributes.get(whole, 0) % attributes.get(parts, 1):
+        for whole, parts in _divisions(module):
+            if attributes[whole] % attributes[parts]:
                 raise ArtifactError(
                     f"{type(module).__name__} {name!r} has {attributes[whole]} {whole} "
                     f"in {attributes[parts]} {parts}; expected a multiple"
                 )
 
 
-def _is_divided(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, nn.GroupNorm))
+def _divisions(module: nn.Module) -> list[tuple[str, str]]:
+    """Which attributes of a layer are divided by which."""
+    if isinstance(module, _ConvNd):
+        return [("in_channels", "groups"), ("out_channels", "groups")]
+    return [("num_channels", "num_groups")] if isinstance(module, nn.GroupNorm) else []
 
 
 def _expected_shapes(module: nn.Module, a: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes that a layer's tensors have, by its attributes ``a``; empty for types that are not known."""
     if isinstance(module, _ConvNd):
-        first, second = (
-            (a["in_channels"], a["out_channels"])
-            if module.transposed
-            else (a["out_channels"], a["in_channels"])
-        )
-        return {"weight": (first, second // a["groups"], *module.kernel_size), "bias": (a["out_channels"],)}
+        rows, columns = a["out_channels"], a["in_channels"]
+        if module.transposed:
+            rows, columns = columns, rows
+        weight = (rows, columns // a["groups"], *module.kernel_size)
+        return {"weight": weight, "bias": (a["out_channels"],)}
     if isinstance(module, nn.Linear):
         return {"weight": (a["out_features"], a["in_features"]), "bias": (a["out_features"],)}
     if isinstance(module, _NormBase):

@@ -168,7 +168,7 @@ def _put_in_place(partial: Path, path: Path, force: bool) -> None:
 
 
 def _numbers_on_one_line(text: str) -> str:
-    """Join the lists of numbers that ``indent`` spreads; strings hold no raw line break, so stay as they are."""
+    """Join the lists of numbers that ``indent`` spreads; strings stay, as they hold no raw line break."""
     return re.sub(r"\[\n([-+.\deE,\s]+?)\n\s*\]", lambda match: "[" + " ".join(match[1].split()) + "]", text)
 
 

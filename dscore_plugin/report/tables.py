@@ -17,11 +17,14 @@ _STAGES = {
     "finetuned": "pruned, fine-tuned",
 }
 _NONE = "–"
-_LONG = 12  # a list in a plan that is longer is counted, not printed
+_LEGEND = (
+    "Top-1 with its change, MACs of one image and parameters with the part that is left, latency of a batch: "
+    "median ± interquartile range with the speed-up."
+)
 
 
 def metrics_table(metrics: Metrics, title: str | None = None) -> Table:
-    """Arrange the metrics as a rich table: one row for each stage, ratios to the dense network beside the numbers.
+    """Arrange the metrics as a rich table: one row for each stage, ratios to the dense network in brackets.
 
     Args:
         metrics: the content of ``metrics.json``; stages and numbers that are null or missing show as a dash.
@@ -161,10 +164,7 @@ def _numbers(structure: Mapping[str, Any], metrics: Metrics) -> str:
     numbers = structure.get("numbers") or {}
     before, after = numbers.get("before") or {}, numbers.get("after") or {}
     if any(metrics.get(stage) for stage in _STAGES):
-        return (
-            _markdown_table(_rows(metrics)) + "\n\nTop-1 with its change, MACs of one image and parameters "
-            "with the part that is left, latency of a batch as median ± interquartile range with the speed-up."
-        )
+        return f"{_markdown_table(_rows(metrics))}\n\n{_LEGEND}"
     if not before or not after:
         return "None were measured."
     rows = [["", "before", "after"]]
@@ -174,24 +174,18 @@ def _numbers(structure: Mapping[str, Any], metrics: Metrics) -> str:
 
 
 def _plan(plan: Mapping[str, Any] | None) -> str:
-    return "## Plan\n\n" + _list((key, _brief(value)) for key, value in plan.items()) if plan else ""
-
-
-def _brief(value: Any) -> str:
-    """A value of a plan on one line; long lists are counted."""
-    if isinstance(value, Mapping) and len(value) <= _LONG:
-        return "; ".join(f"{key}: {_brief(item)}" for key, item in value.items()) or "none"
-    if (
-        isinstance(value, (list, tuple))
-        and len(value) <= _LONG
-        and not any(_is_nested(item) for item in value)
-    ):
-        return ", ".join(str(item) for item in value) or "none"
-    return f"{len(value)} entries" if _is_nested(value) else str(value)
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, (Mapping, list, tuple))
+    """How the plan was made, and what it took from each layer."""
+    if not plan:
+        return ""
+    widths = {row["layer"]: row["channels"] for row in plan.get("rows") or ()}
+    rows = [["layer", "channels", "removed"]]
+    for removal in plan.get("removals") or ():
+        before, removed = widths.get(removal["layer"]), len(removal["channels"])
+        left = f"{before} → {before - removed}" if before is not None else _NONE
+        rows.append([f"`{removal['layer']}`", left, str(removed)])
+    made_by = _list((plan.get("made_by") or {}).items())
+    parts = [made_by, _markdown_table(rows) if len(rows) > 1 else ""]
+    return "\n\n".join(["## Plan", *filter(None, parts)])
 
 
 def _layers(modules: Mapping[str, Mapping[str, Any]]) -> str:
