@@ -75,7 +75,9 @@ class Plan:
     params: tuple[int, int] = (0, 0)
     made_by: Mapping[str, Any] = field(default_factory=dict)
 
-    def apply(self, model: nn.Module, example_inputs: tuple[Any, ...] | None = None, *, strict: bool = True) -> nn.Module:
+    def apply(
+        self, model: nn.Module, example_inputs: tuple[Any, ...] | None = None, *, strict: bool = True
+    ) -> nn.Module:
         """Remove what the plan names from ``model``, in place, through DepGraph.
 
         Args:
@@ -160,7 +162,9 @@ class Plan:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise PlanError(f"no plan can be read from {path}: {error.strerror}; make one with: dscore plan") from error
+            raise PlanError(
+                f"no plan can be read from {path}: {error.strerror}; make one with: dscore plan"
+            ) from error
         except ValueError as error:
             raise PlanError(f"{path} is no valid JSON: {error}") from error
         return Plan.from_dict(content)
@@ -173,7 +177,8 @@ class Plan:
             raise PlanError(f"expected a plan of format version {FORMAT_VERSION}, got {version!r}")
         try:
             removals = tuple(
-                ChannelRemoval(str(r["layer"]), _indices(r["channels"], r["layer"])) for r in content["removals"]
+                ChannelRemoval(str(r["layer"]), _indices(r["channels"], r["layer"]))
+                for r in content["removals"]
             )
             macs, params = (tuple(int(x) for x in content[key]) for key in ("macs", "params"))
             plan = Plan(
@@ -186,7 +191,9 @@ class Plan:
                 dict(content["made_by"]),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise PlanError(f"the plan is damaged: {type(error).__name__} at {error}; make a new one") from error
+            raise PlanError(
+                f"the plan is damaged: {type(error).__name__} at {error}; make a new one"
+            ) from error
         layers = [r.layer for r in removals]
         if len(set(layers)) < len(layers):
             raise PlanError("the plan names a layer twice; put all of its channels into one entry")
@@ -211,7 +218,9 @@ class Plan:
 
 
 def _indices(values: Any, layer: str) -> tuple[int, ...]:
-    if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in values):
+    if not isinstance(values, list) or any(
+        isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in values
+    ):
         raise PlanError(f"the channels of {layer!r} must be a list of non-negative integers")
     if len(set(values)) < len(values):
         raise PlanError(f"the channels of {layer!r} name one channel twice")

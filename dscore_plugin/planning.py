@@ -131,7 +131,9 @@ def score_groups(
         ModelError: if nothing can be pruned, or parameters hold NaN or infinity.
     """
     if info.kind not in ("score", "data_score") or "channel" not in info.granularity:
-        raise CriterionError(f"criterion {info.name!r} is of kind {info.kind!r} and scores no channels on its own")
+        raise CriterionError(
+            f"criterion {info.name!r} is of kind {info.kind!r} and scores no channels on its own"
+        )
     if info.needs_data and not batches:
         raise CriterionError(f"criterion {info.name!r} needs images and labels; pass batches=")
     bad = next((name for name, p in graph.model.named_parameters() if not torch.isfinite(p).all()), None)
@@ -139,7 +141,9 @@ def score_groups(
         raise ModelError(f"the parameter {bad!r} holds NaN or infinity; check the checkpoint")
     groups = [group for group in graph.prunable if layers == "all" or group.is_inner]
     if not groups:
-        reasons = "; ".join(f"{group.name}: {group.protected or 'a residual sum'}" for group in graph.groups[:5])
+        reasons = "; ".join(
+            f"{group.name}: {group.protected or 'a residual sum'}" for group in graph.groups[:5]
+        )
         raise ModelError(f"nothing in {type(graph.model).__name__} can be pruned ({reasons})")
     importance = info.build(**(options or {}))
     with torch.random.fork_rng(devices=[]), _gradients(graph.model, batches if info.needs_gradients else ()):
@@ -147,7 +151,9 @@ def score_groups(
         scored = [graph.score(group, importance) for group in groups]
     missing = [group.name for group, item in zip(groups, scored, strict=True) if item is None]
     if missing and info.needs_batchnorm:
-        raise CriterionError(f"criterion {info.name!r} needs batch norm, but {missing[0]!r} has none behind it")
+        raise CriterionError(
+            f"criterion {info.name!r} needs batch norm, but {missing[0]!r} has none behind it"
+        )
     found = [item for item in scored if item is not None]
     if not found:
         raise CriterionError(f"criterion {info.name!r} scores none of the {len(groups)} groups")

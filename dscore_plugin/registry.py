@@ -80,7 +80,9 @@ class CriterionInfo:
         try:
             importance: Callable[[Any], Any] = load_object(self.importance)(**{**self.options, **options})
         except TypeError as error:
-            raise CriterionError(f"criterion {self.name!r} cannot take the options {options}: {error}") from error
+            raise CriterionError(
+                f"criterion {self.name!r} cannot take the options {options}: {error}"
+            ) from error
         return importance
 
 
@@ -152,9 +154,13 @@ def _criteria() -> dict[str, CriterionInfo]:
         loaded = entry.load()
         for info in [loaded] if isinstance(loaded, CriterionInfo) else loaded:
             if not isinstance(info, CriterionInfo):
-                raise CriterionError(f"entry point {entry.name!r} of {ENTRY_POINTS!r} is no CriterionInfo: {info!r}")
+                raise CriterionError(
+                    f"entry point {entry.name!r} of {ENTRY_POINTS!r} is no CriterionInfo: {info!r}"
+                )
             if info.name in known:
-                raise CriterionError(f"entry point {entry.name!r} redefines the criterion {info.name!r}; rename it")
+                raise CriterionError(
+                    f"entry point {entry.name!r} redefines the criterion {info.name!r}; rename it"
+                )
             known[info.name] = info
     return known
 

@@ -121,7 +121,10 @@ class CallRecorder:
 
 
 def _term(module: nn.Module, name: str, call: int, macs: float, output: Tensor) -> CostTerm:
-    sizes = [p.numel() if isinstance(p, Tensor) else 0 for p in (getattr(module, "weight", None), module_bias(module))]
+    sizes = [
+        p.numel() if isinstance(p, Tensor) else 0
+        for p in (getattr(module, "weight", None), module_bias(module))
+    ]
     total = Cost(macs, sum(sizes))
     is_linear = isinstance(module, nn.Linear)
     if not is_linear and ops.module2type(module) != ops.OPTYPE.CONV:

@@ -136,7 +136,9 @@ class PruningGraph:
         scores = importance(self.depgroups[group.name])
         if scores is None or len(scores) == 0:
             return None
-        return ScoredGroup(group, scores.detach().to("cpu", torch.float64).view(group.division, -1).mean(dim=0))
+        return ScoredGroup(
+            group, scores.detach().to("cpu", torch.float64).view(group.division, -1).mean(dim=0)
+        )
 
     def _walk(self) -> Iterator[ChannelGroup]:
         for depgroup in self.depgraph.get_all_groups():
@@ -157,25 +159,29 @@ class PruningGraph:
 
     def _members(self, depgroup: Group, units: int) -> Iterator[Member]:
         for item in depgroup:
-            node, handler = item.dep.target, item.dep.handler
-            role = self._role(node, handler)
-            if role is None or any(root is None for root in item.root_idxs):
+            node = item.dep.target
+            if any(root is None for root in item.root_idxs):
                 continue
-            call = 0
-            if role is Role.PASSING:
+            index, unit = torch.as_tensor(item.idxs), torch.as_tensor(item.root_idxs) % units
+            role = self._role(node, item.dep.handler)
+            if role is not None:
+                name, width = self._identity(node, role)
+                yield Member(name, role, index, unit, width)
+            if node.grad_fn in self._calls:  # an activation, alone or inside timm's norm-and-activation
                 name, call = self._calls[node.grad_fn]
-                width = shape_infer.infer_out_channels_recursively(self.depgraph, node, [0])
-            elif role is Role.PARAMETER:
-                name = self.depgraph._param_to_name[node.module]
-                width = node.module.shape[node.pruning_dim]
-            else:
-                name = self._names[node.module]
-                is_out = self.depgraph.is_out_channel_pruning_fn(handler)
-                width = (self.depgraph.get_out_channels if is_out else self.depgraph.get_in_channels)(node)
-            index, root = torch.as_tensor(item.idxs), torch.as_tensor(item.root_idxs)
-            yield Member(name, role, index, root % units, width or len(index), call)
+                width = shape_infer.infer_out_channels_recursively(self.depgraph, node, [0]) or len(index)
+                yield Member(name, Role.PASSING, index, unit, width, call)
+
+    def _identity(self, node: Any, role: Role) -> tuple[str, int]:
+        """Return the qualified name of a layer or bare parameter, and the size of its channel dimension."""
+        if role is Role.PARAMETER:
+            return self.depgraph._param_to_name[node.module], node.module.shape[node.pruning_dim]
+        is_in = role is Role.CONSUMER
+        width = (self.depgraph.get_in_channels if is_in else self.depgraph.get_out_channels)(node)
+        return self._names[node.module], int(width or 1)
 
     def _role(self, node: Any, handler: Any) -> Role | None:
+        """Say what a node loses; None if it has nothing of its own."""
         if node.type == ops.OPTYPE.DEPTHWISE_CONV:
             return Role.DEPTHWISE
         if node.type in _NORMS:
@@ -184,7 +190,7 @@ class PruningGraph:
             return Role.PARAMETER
         if node.type in _LAYERS:
             return Role.PRODUCER if self.depgraph.is_out_channel_pruning_fn(handler) else Role.CONSUMER
-        return Role.PASSING if node.grad_fn in self._calls else None
+        return None
 
     def _protection(self, depgroup: Group, group: ChannelGroup) -> str:
         """Say why a group must stay, or return an empty string."""

@@ -71,13 +71,17 @@ def _check_group(group: ChannelGroup, channels: tuple[int, ...]) -> None:
     if group.protected:
         raise PlanError(f"{group.name!r} must not be pruned: {group.protected}")
     if channels and not 0 <= min(channels) <= max(channels) < group.channels:
-        raise PlanError(f"{group.name!r} has channels 0..{group.channels - 1}; the plan names {max(channels)}")
+        raise PlanError(
+            f"{group.name!r} has channels 0..{group.channels - 1}; the plan names {max(channels)}"
+        )
     try:
         units = group.units_of(channels)
     except ValueError as error:
         raise PlanError(str(error)) from error
     if len(units) >= group.units:
-        raise PlanError(f"the plan removes all {group.channels} channels of {group.name!r}; keep at least one")
+        raise PlanError(
+            f"the plan removes all {group.channels} channels of {group.name!r}; keep at least one"
+        )
 
 
 @contextmanager
