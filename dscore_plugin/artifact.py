@@ -619,10 +619,9 @@ def _check_fit(model: nn.Module, structure: dict[str, Any], stored: Mapping[str,
 def _check_names(expected: Iterable[str], found: Iterable[str], what: str) -> None:
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
-        faults = [
-            f"{_some(names)} {verb}" for names, verb in ((missing, "missing"), (extra, "unexpected")) if names
-        ]
-        raise ArtifactError(f"the tensors are not those of {what}: {'; '.join(faults)}")
+        faults = {"missing": missing, "unexpected": extra}
+        listed = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
+        raise ArtifactError(f"the tensors are not those of {what}; {listed}")
 
 
 def _check_module(name: str, entry: dict[str, Any], module: nn.Module | None) -> None:

@@ -30,9 +30,13 @@ def test_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_nothing_stays_after_an_exception(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), atomic_folder(tmp_path / "one") as partial:
-        (partial / "file").write_text("half")
-        raise error
+    def write_half() -> None:
+        with atomic_folder(tmp_path / "one") as partial:
+            (partial / "file").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
     assert names(tmp_path) == set()
 
 
@@ -106,9 +110,13 @@ def test_interrupt_after_the_swap_leaves_the_new_folder_alone(
 
 
 def test_folder_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="exists already"), atomic_folder(tmp_path / "one"):
-        (tmp_path / "one").mkdir()
-        (tmp_path / "one" / "theirs").write_text("theirs")
+    def write_while_another_does() -> None:
+        with atomic_folder(tmp_path / "one"):
+            (tmp_path / "one").mkdir()
+            (tmp_path / "one" / "theirs").write_text("theirs")
+
+    with pytest.raises(ArtifactError, match="exists already"):
+        write_while_another_does()
     assert names(tmp_path / "one") == {"theirs"}
     assert names(tmp_path) == {"one"}
 
