@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -26,13 +26,19 @@ app = typer.Typer(
 _errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the validation split, the training and everything random.")]
-Model = Annotated[str, typer.Option(help="A name in timm's registry; the CIFAR networks of the papers are there too.")]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Of the validation split, the training and everything random.")
+]
+Model = Annotated[
+    str, typer.Option(help="A name in timm's registry; the CIFAR networks of the papers are there too.")
+]
 ModelArg = Annotated[
-    list[str] | None, typer.Option("--model-arg", metavar="NAME=VALUE", help="A further argument of the model.")
+    list[str] | None,
+    typer.Option("--model-arg", metavar="NAME=VALUE", help="A further argument of the model."),
 ]
 Weights = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Safetensors weights of the dense network.", show_default=False)
+    str | None,
+    typer.Option(metavar="FILE", help="Safetensors weights of the dense network.", show_default=False),
 ]
 Data = Annotated[
     str, typer.Option(help="digits, cifar10[:PATH], cifar100[:PATH], svhn[:PATH] or imagefolder:PATH.")
@@ -41,15 +47,19 @@ ImageSize = Annotated[int | None, typer.Option(min=8, help="For image folders.",
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Criterion = Annotated[str, typer.Option(help="See: dscore list.")]
 Ratio = Annotated[
-    float | None, typer.Option(metavar="R", help="Share of the channels to remove, in (0, 1).", show_default=False)
+    float | None,
+    typer.Option(metavar="R", help="Share of the channels to remove, in (0, 1).", show_default=False),
 ]
 TargetMacs = Annotated[
     float | None, typer.Option(metavar="F", help="Share of the MACs to keep, in (0, 1).", show_default=False)
 ]
 TargetParams = Annotated[
-    float | None, typer.Option(metavar="F", help="Share of the parameters to keep, in (0, 1).", show_default=False)
+    float | None,
+    typer.Option(metavar="F", help="Share of the parameters to keep, in (0, 1).", show_default=False),
 ]
-Allocation = Annotated[str, typer.Option(help="uniform: the same share of every layer; global: lowest scores first.")]
+Allocation = Annotated[
+    str, typer.Option(help="uniform: the same share of every layer; global: lowest scores first.")
+]
 Layers = Annotated[str, typer.Option(help="all, or inner: residual sums stay whole.")]
 MinChannels = Annotated[int, typer.Option(min=1, help="Channels that every layer keeps at least.")]
 RoundTo = Annotated[
@@ -89,9 +99,12 @@ def prune(
     calibration_images: Annotated[int, typer.Option(min=1, help="For criteria that look at data.")] = 1024,
     epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 leaves it out.")] = 10,
     dense_epochs: Annotated[
-        int | None, typer.Option(min=0, help="Of training the dense network, without weights.", show_default=False)
+        int | None,
+        typer.Option(min=0, help="Of training the dense network, without weights.", show_default=False),
     ] = None,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Of fine-tuning, at its peak.")] = 0.02,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--lr", help="Of fine-tuning, at its peak.")
+    ] = 0.02,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     weight_decay: Annotated[float, typer.Option()] = 5e-4,
     schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
@@ -102,7 +115,8 @@ def prune(
         bool, typer.Option("--no-recalibrate", help="Leave batch norm's statistics as they are.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the artifact; default runs/MODEL-CRITERION.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder of the artifact; default runs/MODEL-CRITERION.", show_default=False),
     ] = None,
     force: Force = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -129,7 +143,15 @@ def prune(
     job = PruneJob(
         Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
         Choice(
-            criterion, ratio, target_macs, target_params, allocation, layers, min_channels, round_to, calibration_images
+            criterion,
+            ratio,
+            target_macs,
+            target_params,
+            allocation,
+            layers,
+            min_channels,
+            round_to,
+            calibration_images,
         ),
         out or default_out(model, criterion),
         plan=plan,
@@ -194,7 +216,8 @@ _PLAN_HELP = """Choose what leaves a network, and write it down as a plan one ca
 
 Example:
 
-`dscore plan --model cifar_resnet56 --weights resnet56.safetensors --data cifar10:PATH --target-macs 0.5 --out plan.json`
+`dscore plan --model cifar_resnet56 --weights resnet56.safetensors --data cifar10:PATH --target-macs 0.5
+--out plan.json`
 """
 
 
@@ -229,7 +252,15 @@ def plan(
     chosen = run_plan(
         Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
         Choice(
-            criterion, ratio, target_macs, target_params, allocation, layers, min_channels, round_to, calibration_images
+            criterion,
+            ratio,
+            target_macs,
+            target_params,
+            allocation,
+            layers,
+            min_channels,
+            round_to,
+            calibration_images,
         ),
     )
     chosen.save(out)
@@ -254,17 +285,28 @@ def list_(seed: Seed = 0, json_: Json = False) -> None:
     """List the criteria."""
     infos = list_criteria()
     if json_:
-        keys = ("name", "kind", "paper", "arxiv", "granularity", "needs_data", "needs_gradients", "needs_batchnorm")
+        keys = (
+            "name",
+            "kind",
+            "paper",
+            "arxiv",
+            "granularity",
+            "needs_data",
+            "needs_gradients",
+            "needs_batchnorm",
+        )
         rows = [{key: getattr(info, key) for key in (*keys, "baseline", "summary")} for info in infos]
         _print_json({"criteria": rows})
         return
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("name", "kind", "prunes", "needs", "paper", "what it is"):
         table.add_column(heading, no_wrap=heading in ("name", "kind", "prunes"))
     for info in infos:
         needs = [what for what in ("data", "gradients", "batchnorm") if getattr(info, f"needs_{what}")]
         paper = f"{info.paper.split(',')[0]}, {info.arxiv}" if info.arxiv != "-" else "-"
-        table.add_row(info.name, info.kind, ", ".join(info.granularity), ", ".join(needs), paper, info.summary)
+        table.add_row(
+            info.name, info.kind, ", ".join(info.granularity), ", ".join(needs), paper, info.summary
+        )
     Console().print(table)
 
 
@@ -290,16 +332,19 @@ def _say(line: str) -> None:
     _errors.print(line, markup=False)
 
 
-def main(run: Callable[[], Any] = app) -> NoReturn:
+def main() -> NoReturn:
     """Run the command line; bad input gives one line on stderr and exit code 2, Ctrl-C 130."""
     try:
-        run()
+        app()
     except DScoreError as error:
         _errors.print(f"dscore: {error}", style="red", markup=False)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        _errors.print("dscore: stopped; what was finished stays, and --resume goes on with it", style="red")
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's exit code for Ctrl-C
+            _errors.print(
+                "dscore: stopped; what was finished stays, and --resume goes on with it", style="red"
+            )
+        raise
     raise SystemExit(0)
 
 

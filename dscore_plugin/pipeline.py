@@ -178,15 +178,12 @@ def run_plan(source: Source, choice: Choice, say: Say = lambda _: None) -> Plan:
     return _choose(source, choice, source.build(data), data)
 
 
-def run_evaluate(
-    folder: Path | None, source: Source | None, data: str | None = None, progress: Progress | None = None
-) -> dict[str, Any]:
+def run_evaluate(folder: Path | None, source: Source, progress: Progress | None = None) -> dict[str, Any]:
     """Measure a saved artifact, or a dense network, on the test images.
 
     Args:
-        folder: an artifact; or None.
-        source: a dense network with its weights; or None.
-        data: the images for the artifact; by default those it was made with.
+        folder: an artifact; None measures the network that ``source`` names.
+        source: the images, and the dense network with its weights.
         progress: shows bars.
 
     Returns:
@@ -195,17 +192,13 @@ def run_evaluate(
     Raises:
         DScoreError: on bad input.
     """
+    if folder is None and source.weights is None:
+        raise ModelError("a dense network needs trained weights; pass --weights FILE, or name an artifact")
     if folder is not None:
-        read_structure(folder)
-        images = load_data(data or "digits")
-        model = load_pruned(folder).to(Source().find_device())
-    else:
-        assert source is not None
-        if source.weights is None:
-            raise ModelError("a dense network needs trained weights; pass --weights FILE, or name an artifact")
-        images = source.load_images()
-        model = source.build(images)
-    return {**_measure(model, images, progress or NoProgress()), "images": len(images.test)}
+        read_structure(folder)  # before the images, which may take long to load
+    data = source.load_images()
+    model = source.build(data) if folder is None else load_pruned(folder).to(source.find_device())
+    return {**_measure(model, data, progress or NoProgress()), "images": len(data.test)}
 
 
 def _check(job: PruneJob) -> None:
@@ -236,7 +229,9 @@ def _open_work(job: PruneJob, say: Say) -> None:
         return
     if job.work.exists():
         if not job.force:
-            raise ArtifactError(f"{job.work} holds an unfinished run; go on with --resume, or start over with --force")
+            raise ArtifactError(
+                f"{job.work} holds an unfinished run; go on with --resume, or start over with --force"
+            )
         shutil.rmtree(job.work)
     job.work.mkdir(parents=True)
     write_json(note, _plain(job.identity()))
@@ -260,7 +255,15 @@ def _dense(job: PruneJob, model: nn.Module, data: ImageData, progress: Progress,
         base = job.training or TrainingConfig(epochs=1)
         config = replace(base, epochs=_dense_epochs(job), learning_rate=0.1, warmup_epochs=0)
         say(f"no weights given: training {job.source.model} for {config.epochs} epochs")
-        train(model, data.train, None, config, checkpoint=job.work / "dense", resume=job.resume, progress=progress)
+        train(
+            model,
+            data.train,
+            None,
+            config,
+            checkpoint=job.work / "dense",
+            resume=job.resume,
+            progress=progress,
+        )
     return model
 
 
@@ -303,7 +306,13 @@ def _finetuned(
         return None
     checkpoint = job.work / "finetune"
     result = train(
-        model, data.train, data.validation, job.training, checkpoint=checkpoint, resume=job.resume, progress=progress
+        model,
+        data.train,
+        data.validation,
+        job.training,
+        checkpoint=checkpoint,
+        resume=job.resume,
+        progress=progress,
     )
     say(f"fine-tuned for {len(result.history)} epochs")
     return {**pruned, "top1": evaluate(model, data.test, progress=progress).top1}
@@ -315,7 +324,11 @@ def _save(job: PruneJob, model: nn.Module, data: ImageData, plan: Plan, metrics:
         model,
         job.out,
         architecture=job.source.model,
-        model_args={"num_classes": data.num_classes, "in_chans": data.input_shape[0], **job.source.model_args},
+        model_args={
+            "num_classes": data.num_classes,
+            "in_chans": data.input_shape[0],
+            **job.source.model_args,
+        },
         input_shape=data.input_shape,
         plan=plan.to_dict(),
         history=[[r.layer, True, list(r.channels)] for r in plan.removals],

@@ -205,9 +205,8 @@ class Plan:
             left = row.channels - len(self.removed(row.layer))
             scores = "" if row.score_min is None else f"{row.score_min:.3f} .. {row.score_max:.3f}"
             cut = "" if row.score_cut is None else f"{row.score_cut:.3f}"
-            lines.append(
-                f"{row.layer:<32} {f'{row.channels} -> {left}':>14} {scores:>17} {cut:>7} {row.macs_saved / 1e6:>10.2f} M"
-            )
+            widths, saved = f"{row.channels} -> {left}", f"{row.macs_saved / 1e6:.2f} M"
+            lines.append(f"{row.layer:<32} {widths:>14} {scores:>17} {cut:>7} {saved:>12}")
         if self.macs[1]:
             kept = 100 * self.macs[1] / max(1, self.macs[0])
             lines.append(
