@@ -99,11 +99,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             DataError: if an image cannot be read.
         """
         chosen = self.indices[torch.as_tensor(indices, dtype=torch.int64)]
+        labels = self.source.labels[chosen]
         if self.augmented:
-            images = self.source.augmented(chosen, self.seed, self.epoch)
-        else:
-            images = self.source.plain(chosen)
-        return images, self.source.labels[chosen]
+            return self.source.augmented(chosen, self.seed, self.epoch), labels
+        return self.source.plain(chosen), labels
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, counted from 0, whose augmentation and order the next batches follow."""
@@ -572,7 +571,10 @@ def _read_parquet(known: _Packed, files: Sequence[Path], image_column: str, labe
     labels = []
     for file in files:
         with _readable(file):
-            labels.append(parquet.read_table(file, columns=[label_column])[label_column].to_numpy())
+            column = parquet.read_table(file, columns=[label_column])[label_column]
+        if column.null_count:
+            raise DataError(f"data file {file} has {column.null_count} rows without a label; expected none")
+        labels.append(column.to_numpy())
     names = _class_names(parquet.read_schema(files[0]).metadata, label_column)
     decode = functools.partial(_decode_parquet, files, image_column, sum(map(len, labels)))
     fallback = tuple(str(label) for label in range(known.num_classes))
