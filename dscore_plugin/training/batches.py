@@ -1,7 +1,8 @@
 """Which images make up which batch, and which process reads them.
 
-accelerate can shard a loader too, but it either repeats images to fill the last batch or leaves a process
-without one; here the gradient of a global batch is the same for every number of processes.
+accelerate can prepare a loader too, but it either repeats images to fill the last batch or leaves a process
+without one (here the gradient of a global batch is the same for every number of processes), and it calls the
+set's ``set_epoch`` with a count of its own, which starts at 0 with every loader.
 """
 
 from __future__ import annotations

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
 from dscore_plugin.errors import TrainingError
 from dscore_plugin.training.batches import count_steps, load_batches, share_of, shuffled_batches, stream_seed
@@ -57,9 +56,10 @@ def train(
 
     Everything that happens in an epoch is a function of ``config.seed``, the epoch and the weights before
     it: a run that was cut off and resumed ends with bit-identical weights on a CPU, and on a GPU as far as
-    the model's operations have deterministic forms. Under ``accelerate launch`` each process computes its
-    share of every global batch; gradients agree with those of one process up to float rounding, except for
-    what depends on the share: batch-norm statistics and dropout masks.
+    the model's operations have deterministic forms. Under ``accelerate launch`` or ``torchrun`` (on CPUs with
+    ``ACCELERATE_USE_CPU=true``) each process computes its share of every global batch; gradients agree with
+    those of one process up to float rounding, except for what depends on the share: batch-norm statistics
+    and dropout masks.
 
     Args:
         model: gives logits ``(B, classes)``. Parameters with ``requires_grad=False`` are not touched.
@@ -89,6 +89,7 @@ def train(
     saved = load_checkpoint(checkpoint) if checkpoint and resume else None
     if saved:
         check_resumable(saved, config, model, len(train_set), regularizer is not None)
+    accelerator.wait_for_everyone()  # no process may write before every one has looked for a checkpoint
     shown = progress if progress and accelerator.is_main_process else NoProgress()
     with _placed(model, precision):
         run = _Run.start(model, train_set, validation_set, config, accelerator, precision, regularizer, shown)
@@ -215,7 +216,8 @@ class _Run:
         self.model.train()
         batches = shuffled_batches(len(self.train_set), self.config.batch_size, self.config.seed, epoch)
         shares = [share_of(batch, process, processes) for batch in batches]
-        loader = self._loader(self.train_set, [indices for indices, _ in shares])
+        mine = [indices for indices, _ in shares]
+        loader = load_batches(self.train_set, mine, workers=self.config.workers)
         sums, seen = torch.zeros(2, dtype=torch.float64), 0
         for step, (inputs, labels) in enumerate(loader):
             size = len(batches[step])
@@ -241,8 +243,9 @@ class _Run:
         Returns:
             The sum of the losses and the number of right guesses in the global batch, shape ``(2,)``.
         """
+        inputs, labels = self.precision.place(inputs), labels.to(self.accelerator.device, non_blocking=True)
         with self.precision.autocast():
-            output = self.wrapped(self.precision.place(inputs))
+            output = self.wrapped(inputs)
         logits = check_logits(output, labels).float()[:counted]
         labels = labels[:counted]
         loss = functional.cross_entropy(
@@ -263,19 +266,13 @@ class _Run:
     def _learning_rate(self, step: int) -> float:
         return learning_rate_at(self.config, step, self.steps)
 
-    def _loader(self, images: ImageSet, batches: list[list[int]]) -> DataLoader[Any]:
-        loader = load_batches(images, batches, workers=self.config.workers)
-        # The batches are this process's own already: accelerate only moves them to the device.
-        return prepare_data_loader(
-            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
-        )
-
     def _evaluate(self, images: ImageSet) -> float:
         """Give top-1 in percent, each process looking at its share of the images."""
         mine = list(range(len(images)))[self.accelerator.process_index :: self.accelerator.num_processes]
         batches = [mine[i : i + _EVALUATION_BATCH] for i in range(0, len(mine), _EVALUATION_BATCH)]
         with self.progress.task("evaluating", len(batches)) as advance:
-            correct = count_correct(self.model, self._loader(images, batches), advance)
+            loader = load_batches(images, batches, workers=self.config.workers)
+            correct = count_correct(self.model, loader, advance)
         counts = torch.tensor([correct], device=self.accelerator.device)
         return 100 * int(self.accelerator.reduce(counts, "sum")) / len(images)
 
@@ -327,12 +324,19 @@ def _check_inputs(
 def _new_accelerator() -> Accelerator:
     """Start accelerate without its mixed precision: that would replace the model's forward."""
     try:
-        return Accelerator(mixed_precision="no")
+        accelerator = Accelerator(mixed_precision="no")
     except ValueError as error:
         raise TrainingError(
             "accelerate already runs here with mixed precision, which replaces the model's forward; start "
             "it with mixed_precision='no' and choose TrainingConfig.precision instead"
         ) from error
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:  # each would train alone, and all write the same checkpoint
+        raise TrainingError(
+            f"{launched} processes were launched but accelerate works with {accelerator.num_processes}; "
+            f"on CPUs set ACCELERATE_USE_CPU=true before accelerate starts"
+        )
+    return accelerator
 
 
 @contextmanager

@@ -34,7 +34,8 @@ class Precision:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
 
     def place(self, images: Tensor) -> Tensor:
-        """Lay out a batch of images, shape ``(B, C, H, W)``; other shapes stay as they are."""
+        """Bring a batch to the device, images of shape ``(B, C, H, W)`` in the run's layout."""
+        images = images.to(self.device, non_blocking=True)
         return images.contiguous(memory_format=self.memory_format) if images.dim() == 4 else images
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -61,3 +63,11 @@ def test_bars_end_with_an_exception_and_can_be_used_again() -> None:
         advance()
     assert "second" in text.getvalue()
     assert text.getvalue().count("\x1b[?25l") == text.getvalue().count("\x1b[?25h") == 2  # cursor comes back
+
+
+def test_progress_can_be_had_without_the_training_loop() -> None:
+    code = "import sys, dscore_plugin.training.progress as p; p.NoProgress(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "dscore_plugin.training.progress" in loaded
+    assert not {"accelerate", "timm", "nni", "matplotlib", "sklearn", "torch_pruning"} & loaded
