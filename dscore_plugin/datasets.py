@@ -573,7 +573,8 @@ def _read_parquet(known: _Packed, files: Sequence[Path], image_column: str, labe
         with _readable(file):
             column = parquet.read_table(file, columns=[label_column])[label_column]
         if column.null_count:
-            raise DataError(f"data file {file} has {column.null_count} rows without a label; expected none")
+            lacking = f"{column.null_count} of {len(column)} images"
+            raise DataError(f"data file {file} lacks the label of {lacking}; expected all: fetch it again")
         labels.append(column.to_numpy())
     names = _class_names(parquet.read_schema(files[0]).metadata, label_column)
     decode = functools.partial(_decode_parquet, files, image_column, sum(map(len, labels)))

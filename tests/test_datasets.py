@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -435,8 +436,8 @@ def test_every_shift_and_flip_is_drawn_and_no_other(
     for epoch in range(100):
         train.set_epoch(epoch)
         train.__getitems__(range(30))
-    expected = {(t, l, f) for t in range(2 * shift + 1) for l in range(2 * shift + 1) for f in {False, flips}}
-    assert set(drawn) == expected
+    places = range(2 * shift + 1)
+    assert set(drawn) == set(itertools.product(places, places, {False, flips}))
     mirrored = np.mean([flip for *_, flip in drawn])
     assert mirrored == (pytest.approx(0.5, abs=0.05) if flips else 0)
 
@@ -647,7 +648,7 @@ def test_negative_and_missing_labels_are_refused(tmp_path: Path) -> None:
     for label in (-1, None):
         write_hub(tmp_path)
         write_parquet(tmp_path / "test-00000-of-00001.parquet", [png(random_pixels(1)[0])] * 2, [3, label])
-        with pytest.raises(DataError, match="test images of 'cifar10' (have labels -|lack)"):
+        with pytest.raises(DataError, match="'cifar10' have labels -1 to 3|lacks the label of 1 of 2 images"):
             load_data(f"cifar10:{tmp_path}")
 
 
