@@ -14,12 +14,15 @@ import pytest
 import timm
 import torch
 import torch_pruning as tp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dscore_plugin import artifact
 from dscore_plugin.artifact import load_pruned, read_structure, save_pruned
 from dscore_plugin.errors import ArtifactError
+from dscore_plugin.models import create_model
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -45,7 +48,7 @@ def prune(model: nn.Module, image: Tensor, ratio: float = 0.3, **options: Any) -
 
 def pruned_timm(name: str, size: int = 64, **model_args: Any) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    model = randomise(timm.create_model(name, num_classes=10, **model_args))
+    model = randomise(create_model(name, num_classes=10, **model_args))
     image = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     return prune(model, image, ignored_layers=[model.get_classifier()]), image
 
@@ -617,7 +620,7 @@ STRUCTURES: dict[str, tuple[Edit, str]] = {
     "entry that is none": (lambda s: s["modules"].update(conv1=3), "expected exactly class"),
     "another class": (
         lambda s: s["modules"]["conv1"].update({"class": "Linear"}),
-        "is a Conv2d; pruned_structure.json expects Linear",
+        "is a Conv2d; .* expects Linear",
     ),
     "unknown module": (
         lambda s: s["modules"].update(conv9=s["modules"]["conv1"]),
@@ -735,3 +738,65 @@ def test_loaded_weights_do_not_depend_on_the_file(folder: Path) -> None:
     with path.open("r+b") as file:  # in place, as a copy over it would
         file.write(b"\xff" * path.stat().st_size)
     assert torch.equal(loaded.conv1.weight, before)
+
+
+# --- whatever is changed in the files: an ArtifactError, or a model that runs ---
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def intact_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pruned(pruned_toy()[0], tmp_path_factory.mktemp("toy") / "a", input_shape=(3, 8, 8))
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in nested JSON values that can be replaced."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, inner in items for place in [(*path, key), *places(inner, (*path, key))]]
+
+
+def loads_and_runs_or_is_refused(folder: Path) -> None:
+    try:
+        model = load_pruned(folder, model=Toy())
+    except ArtifactError:
+        return
+    assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_change_of_the_structure_is_harmless(intact_toy: Path, data: st.DataObject) -> None:
+    path = intact_toy / "pruned_structure.json"
+    original = path.read_text()
+    structure = json.loads(original)
+    *parents, last = data.draw(st.sampled_from(places(structure)))
+    target = structure
+    for key in parents:
+        target = target[key]
+    target[last] = data.draw(VALUES)
+    try:
+        path.write_text(json.dumps(structure))
+        loads_and_runs_or_is_refused(intact_toy)
+    finally:
+        path.write_text(original)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_change_of_the_header_is_harmless(intact_toy: Path, data: st.DataObject) -> None:
+    path = intact_toy / "model.safetensors"
+    original = path.read_bytes()
+    header = 8 + int.from_bytes(original[:8], "little")
+    place = data.draw(st.integers(0, header - 1))
+    changed = bytearray(original)
+    changed[place] = data.draw(st.integers(0, 255))
+    try:
+        path.write_bytes(changed)
+        loads_and_runs_or_is_refused(intact_toy)
+    finally:
+        path.write_bytes(original)
