@@ -179,7 +179,7 @@ class _Run:
         self.model.load_state_dict(saved.weights)
         named = dict(self.model.named_parameters())
         for name, momentum in saved.momentum.items():
-            # In the memory layout of the parameter: rounding may depend on it.
+            # On the device and in the memory layout of the parameter, as the optimiser would have made it.
             buffer = torch.empty_like(named[name]).copy_(momentum)
             self.optimizer.state[named[name]]["momentum_buffer"] = buffer
         if self.regularizer and saved.regularizer is not None:

@@ -68,8 +68,11 @@ def test_the_weights_load_into_the_model_as_they_are(tmp_path: Path) -> None:
     assert_same_bits(other.state_dict(), model.state_dict())
 
 
-def test_channels_last_and_tied_weights_are_saved(tmp_path: Path) -> None:
-    model = tiny_network().to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_weights_in_any_layout_and_tied_ones_are_saved(
+    tmp_path: Path, memory_format: torch.memory_format
+) -> None:
+    model = tiny_network().to(memory_format=memory_format)
     model.add_module("again", model[0])
     save_checkpoint(tmp_path / "run", example(model))
     loaded = load_checkpoint(tmp_path / "run")

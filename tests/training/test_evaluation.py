@@ -126,7 +126,10 @@ def test_recalibration_is_the_weighted_mean_over_batches(batch_size: int) -> Non
 def test_recalibration_of_one_batch_is_exact() -> None:
     images = tiny_images(20)
     model = tiny_network()
+    nn.init.constant_(model[1].running_mean, torch.nan)  # the old statistics leave no trace
+    model[1].num_batches_tracked.fill_(77)
     recalibrate_batchnorm(model, images, batch_size=20)
+    assert model[1].num_batches_tracked == 1
     first = model[0](images.images).detach()
     assert torch.allclose(model[1].running_mean, first.mean(dim=(0, 2, 3)), atol=1e-6)
     assert torch.allclose(model[1].running_var, first.var(dim=(0, 2, 3)), atol=1e-6)
