@@ -7,6 +7,7 @@ its weights, narrows its layers as the JSON says, checks every shape and assigns
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import re
@@ -236,6 +237,7 @@ def _find_dense(
     arguments = model_args if model_args is not None else _own_arguments(model)
     try:
         _check_arguments(arguments, "model_args")
+        arguments = json.loads(json.dumps(arguments))  # build with what the file will hold: lists, not tuples
         dense = _build_dense(name, arguments)
         _check_names(dense.state_dict().keys(), state.keys(), f"{name!r} with {arguments}")
     except ArtifactError:
@@ -300,7 +302,7 @@ def _changed_attributes(model: nn.Module, dense: nn.Module) -> dict[str, dict[st
     """
     twins = dict(_modules(dense))
     ours = dict(_modules(model))
-    for name in ours.keys() ^ twins.keys():
+    for name in sorted(ours.keys() ^ twins.keys()):
         if not _is_inert((ours | twins)[name]):
             raise _lost(name, "is in only one of the model and its dense architecture")
     return {name: _differences(name, module, twins[name]) for name, module in ours.items() if name in twins}
@@ -444,7 +446,7 @@ def _validate_structure(structure: Any, where: str) -> None:
             f"{where} has format version {structure.get('format_version')!r}; this version of dscore-plugin "
             f"reads version {FORMAT_VERSION}: install the one that wrote it"
         )
-    for field in structure.keys() ^ _STRUCTURE_FIELDS.keys():
+    for field in sorted(structure.keys() ^ _STRUCTURE_FIELDS.keys()):
         raise ArtifactError(f"{where}: field {field!r} is {'unknown' if field in structure else 'missing'}")
     for field, kind in _STRUCTURE_FIELDS.items():
         if not isinstance(structure[field], kind):
@@ -720,11 +722,11 @@ def _narrow(model: nn.Module, entries: Mapping[str, dict[str, Any]], stored: Map
 
 def _fill(model: nn.Module, structure: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Assign the stored tensors; those that were one tensor under several names become one again."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in structure["frozen"])
-    tied = structure["tied"]
+    tied, frozen = structure["tied"], set(structure["frozen"])
     state = {name: tensors[tied.get(name, name)] for name in model.state_dict()}
     try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise ArtifactError(f"{WEIGHTS} does not fit: {' '.join(str(error).split())}") from error

@@ -143,7 +143,9 @@ def _make_folder(path: Path) -> None:
 
 def _ensure_replaceable(path: Path, force: bool) -> None:
     if not force:
-        raise ArtifactError(f"{path} exists already; choose another folder, or replace it with --force")
+        raise ArtifactError(
+            f"{path} exists already; choose another folder, or replace it with --force (force=True)"
+        )
     resolved = path.resolve()
     for protected in (Path.cwd().resolve(), Path.home().resolve()):
         if resolved == protected or resolved in protected.parents:

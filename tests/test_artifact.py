@@ -48,7 +48,7 @@ def prune(model: nn.Module, image: Tensor, ratio: float = 0.3, **options: Any) -
 
 def pruned_timm(name: str, size: int = 64, **model_args: Any) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    model = randomise(create_model(name, num_classes=10, **model_args))
+    model = randomise(create_model(name, num_classes=10, **model_args)).requires_grad_(True)
     image = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     return prune(model, image, ignored_layers=[model.get_classifier()]), image
 
@@ -106,6 +106,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mobilenetv2_100": lambda: pruned_timm("mobilenetv2_100"),
     "densenet121": lambda: pruned_timm("densenet121"),
     "cifar_vgg16_bn": lambda: pruned_timm("cifar_vgg16_bn", size=32),
+    "cifar_resnet20": lambda: pruned_timm("cifar_resnet20", size=32, shortcut="conv"),
     "vit heads": pruned_vit,
     "vit": lambda: pruned_vit(embedding=True),
 }
@@ -264,6 +265,15 @@ def test_buffers_that_nobody_saves_are_rebuilt(name: str, tmp_path: Path) -> Non
     found = dict(loaded.named_buffers())
     assert all(torch.equal(buffer, found[key]) for key, buffer in model.named_buffers())
     assert same_bits(model, loaded, torch.randn(1, *model.pretrained_cfg["input_size"]))
+
+
+def test_rebuilt_buffers_have_the_saved_dtype(tmp_path: Path) -> None:
+    model = timm.create_model("swinv2_cr_tiny_224").to(torch.bfloat16).eval()
+    found = dict(load_pruned(save_pruned(model, tmp_path / "a")).named_buffers())
+    assert torch.bfloat16 in {buffer.dtype for buffer in model.buffers()}
+    for name, buffer in model.named_buffers():
+        assert found[name].dtype == buffer.dtype
+        assert torch.equal(found[name], buffer)
 
 
 def test_buffers_without_an_own_initialisation_come_from_a_real_build(tmp_path: Path) -> None:
@@ -749,9 +759,13 @@ VALUES = st.recursive(
 )
 
 
-@pytest.fixture(scope="module")
-def intact_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pruned(pruned_toy()[0], tmp_path_factory.mktemp("toy") / "a", input_shape=(3, 8, 8))
+@pytest.fixture(scope="module", params=["custom", "timm"])
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small artifact with a frozen parameter."""
+    custom = request.param == "custom"
+    model, _ = pruned_toy() if custom else pruned_timm("test_resnet", size=32)
+    next(model.parameters()).requires_grad_(False)
+    return save_pruned(model, tmp_path_factory.mktemp("small") / request.param)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -762,16 +776,16 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def loads_and_runs_or_is_refused(folder: Path) -> None:
     try:
-        model = load_pruned(folder, model=Toy())
+        model = load_pruned(folder, model=Toy() if folder.name == "custom" else None)
     except ArtifactError:
         return
-    assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5 if folder.name == "custom" else 10)
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_any_change_of_the_structure_is_harmless(intact_toy: Path, data: st.DataObject) -> None:
-    path = intact_toy / "pruned_structure.json"
+def test_any_change_of_the_structure_is_harmless(small: Path, data: st.DataObject) -> None:
+    path = small / "pruned_structure.json"
     original = path.read_text()
     structure = json.loads(original)
     *parents, last = data.draw(st.sampled_from(places(structure)))
@@ -781,15 +795,15 @@ def test_any_change_of_the_structure_is_harmless(intact_toy: Path, data: st.Data
     target[last] = data.draw(VALUES)
     try:
         path.write_text(json.dumps(structure))
-        loads_and_runs_or_is_refused(intact_toy)
+        loads_and_runs_or_is_refused(small)
     finally:
         path.write_text(original)
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_any_change_of_the_header_is_harmless(intact_toy: Path, data: st.DataObject) -> None:
-    path = intact_toy / "model.safetensors"
+def test_any_change_of_the_header_is_harmless(small: Path, data: st.DataObject) -> None:
+    path = small / "model.safetensors"
     original = path.read_bytes()
     header = 8 + int.from_bytes(original[:8], "little")
     place = data.draw(st.integers(0, header - 1))
@@ -797,6 +811,6 @@ def test_any_change_of_the_header_is_harmless(intact_toy: Path, data: st.DataObj
     changed[place] = data.draw(st.integers(0, 255))
     try:
         path.write_bytes(changed)
-        loads_and_runs_or_is_refused(intact_toy)
+        loads_and_runs_or_is_refused(small)
     finally:
         path.write_bytes(original)
