@@ -68,17 +68,23 @@ class CallRecorder:
         terms: cost terms in the order of the calls; a layer with weights has one, however often it is called.
         passing: ``(module name, call, autograd node of the output)`` of every counted layer without weights.
         outputs: the autograd nodes of the network's outputs.
+        batch: images in the pass; the counter divides by it, not by the length of what a layer gives out, which
+            may be windows or tokens.
     """
 
     terms: dict[tuple[str, int], CostTerm] = field(default_factory=dict)
     passing: list[tuple[str, int, Any]] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
+    batch: int = 1
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[CallRecorder]:
         """Record every call inside the ``with`` block; the hooks are removed at its end, come what may."""
         known = {**op_counter.MODULES_MAPPING, **formulas(model)}
-        handles = [model.register_forward_hook(self._keep_outputs)]
+        handles = [
+            model.register_forward_pre_hook(self._keep_batch),
+            model.register_forward_hook(self._keep_outputs),
+        ]
         try:
             for name, module in model.named_modules():
                 is_leaf = not any(True for _ in module.children())
@@ -91,6 +97,9 @@ class CallRecorder:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _keep_batch(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.batch = len(inputs[0]) if inputs else 1
 
     def _keep_outputs(self, model: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self.outputs += [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -105,14 +114,16 @@ class CallRecorder:
             module.__flops__ = 0
             try:
                 formula(module, inputs, output)
-                macs = module.__flops__ / len(output)  # type: ignore[operator]
+                macs = module.__flops__ / self.batch  # type: ignore[operator]
             finally:
                 del module.__flops__
-            has_weights = any(True for _ in module.parameters(recurse=False))
+            has_weights = any(True for _ in module.parameters(recurse=False)) and not shares_one_weight(
+                module
+            )
             call = 0 if has_weights else calls
             if not has_weights:
                 self.passing.append((name, call, output.grad_fn))
-            term = _term(module, name, call, macs, output)
+            term = _term(module, name, call, macs, output.numel() / self.batch, self.batch)
             earlier = self.terms.get((name, call))
             self.terms[name, call] = term if earlier is None else _called_again(earlier, term)
             calls += 1
@@ -120,19 +131,24 @@ class CallRecorder:
         return record
 
 
-def _term(module: nn.Module, name: str, call: int, macs: float, output: Tensor) -> CostTerm:
+def _term(module: nn.Module, name: str, call: int, macs: float, outputs: float, batch: int) -> CostTerm:
     sizes = [
         p.numel() if isinstance(p, Tensor) else 0
         for p in (getattr(module, "weight", None), module_bias(module))
     ]
-    total = Cost(macs, sum(sizes))
+    total = Cost(macs, 0 if shares_one_weight(module) else sum(sizes))
     is_linear = isinstance(module, nn.Linear)
     if not is_linear and ops.module2type(module) != ops.OPTYPE.CONV:
         return CostTerm(name, call, Cost(), total)
     # Torch-Pruning counts a linear layer's bias once a batch and a convolution's once a position
-    bias_macs = sizes[1] / len(output) if is_linear else output[0].numel() * bool(sizes[1])
+    bias_macs = sizes[1] / batch if is_linear else outputs * bool(sizes[1])
     bias = Cost(bias_macs, sizes[1])
     return CostTerm(name, call, total - bias, bias)
+
+
+def shares_one_weight(module: Any) -> bool:
+    """Whether a module has one weight for all channels, so that none leaves with them."""
+    return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
 def module_bias(module: nn.Module) -> Tensor | None:

@@ -11,19 +11,21 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from dscore_plugin.integrations.torch_pruning.counting import CallRecorder, count, shares_one_weight
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch_pruning import ops
-from torch_pruning.dependency import DependencyGraph, Group, shape_infer
+from torch_pruning._helpers import GroupItem
+from torch_pruning.dependency import DependencyGraph, Group, index_mapping, shape_infer
 from torch_pruning.pruner import function
 
-from dscore_plugin.costs import Cost, CostTable
+from dscore_plugin.costs import Cost, CostTable, CostTerm
 from dscore_plugin.errors import ModelError
 from dscore_plugin.groups import ChannelGroup, Member, Role, ScoredGroup
-from dscore_plugin.integrations.torch_pruning.counting import CallRecorder, count
 
 _NORMS = {ops.OPTYPE.BN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.IN, ops.OPTYPE.PRELU}
 _LAYERS = {ops.OPTYPE.CONV, ops.OPTYPE.LINEAR, ops.OPTYPE.EMBED, ops.OPTYPE.MHA, ops.OPTYPE.LSTM}
+_SPLITS = (index_mapping._SplitIndexMapping, index_mapping._SliceIndexMapping)
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,16 @@ def producers(group: Group) -> Iterator[Producer]:
 def _filters(module: Any, handler: Any) -> Tensor | None:
     if handler in (function.prune_conv_out_channels, function.prune_depthwise_conv_out_channels):
         weight = module.weight.detach()
-        if not module.transposed or module.groups == module.out_channels:
-            return weight
-        return weight.transpose(0, 1)
+        return _of_transposed(weight, module.groups) if module.transposed else weight
     if handler == function.prune_linear_out_channels:
         return module.weight.detach()
     return None
+
+
+def _of_transposed(weight: Tensor, groups: int) -> Tensor:
+    """Put the filters of a transposed convolution, ``(in, out / groups, ...)``, along dim 0."""
+    parts = weight.view(groups, len(weight) // groups, *weight.shape[1:])
+    return parts.transpose(1, 2).flatten(0, 1)
 
 
 class PruningGraph:
@@ -124,8 +130,11 @@ class PruningGraph:
     def costs(self) -> CostTable:
         """The table of MACs and parameters; it agrees with Torch-Pruning's counter on the dense network."""
         total = Cost(*count(self.model, self.example_inputs))
-        counted = sum((term.total for term in self._terms), Cost())
-        return CostTable(self._terms, self.groups, fixed=total - counted)
+        bare = {member.module for group in self.groups for member in group.roles(Role.PARAMETER)}
+        sizes = {name: self.model.get_parameter(name).numel() for name in sorted(bare)}
+        terms = [*self._terms, *(CostTerm(name, 0, Cost(), Cost(0, size)) for name, size in sizes.items())]
+        counted = sum((term.total for term in terms), Cost())
+        return CostTable(terms, self.groups, fixed=total - counted)
 
     def score(self, group: ChannelGroup, importance: Callable[[Group], Tensor | None]) -> ScoredGroup | None:
         """Score one of the groups with an importance object; the channels of a unit are averaged.
@@ -164,13 +173,15 @@ class PruningGraph:
                 continue
             index, unit = torch.as_tensor(item.idxs), torch.as_tensor(item.root_idxs) % units
             role = self._role(node, item.dep.handler)
+            # an activation, alone or inside timm's norm-and-activation, or a norm without weights
+            counted, call = self._calls.get(node.grad_fn, ("", 0))
             if role is not None:
                 name, width = self._identity(node, role)
-                yield Member(name, role, index, unit, width)
-            if node.grad_fn in self._calls:  # an activation, alone or inside timm's norm-and-activation
-                name, call = self._calls[node.grad_fn]
-                width = shape_infer.infer_out_channels_recursively(self.depgraph, node, [0]) or len(index)
-                yield Member(name, Role.PASSING, index, unit, width, call)
+                yield Member(name, role, index, unit, width, call if counted == name else 0)
+                counted = "" if counted == name else counted
+            if counted:
+                width = shape_infer.infer_out_channels_recursively(self.depgraph, node, [0]) or 0
+                yield Member(counted, Role.PASSING, index, unit, max(width, int(index.max()) + 1), call)
 
     def _identity(self, node: Any, role: Role) -> tuple[str, int]:
         """Return the qualified name of a layer or bare parameter, and the size of its channel dimension."""
@@ -185,7 +196,7 @@ class PruningGraph:
         if node.type == ops.OPTYPE.DEPTHWISE_CONV:
             return Role.DEPTHWISE
         if node.type in _NORMS:
-            return Role.NORM
+            return None if shares_one_weight(node.module) else Role.NORM
         if node.type == ops.OPTYPE.PARAMETER:
             return Role.PARAMETER
         if node.type in _LAYERS:
@@ -194,24 +205,46 @@ class PruningGraph:
 
     def _protection(self, depgroup: Group, group: ChannelGroup) -> str:
         """Say why a group must stay, or return an empty string."""
-        nodes = [item.dep.target for item in depgroup]
-        modules = [node.module for node in nodes]
-        outs = [m.module for m in group.roles(Role.PRODUCER, Role.DEPTHWISE)]
-        ignored = next((name for name in outs if self.model.get_submodule(name) in self._ignored), None)
+        outs = group.roles(Role.PRODUCER, Role.DEPTHWISE, Role.NORM)
+        ignored = next((m.module for m in outs if self.model.get_submodule(m.module) in self._ignored), None)
         if ignored is not None:
             return f"{ignored!r} is ignored"
-        if any(node.type == ops.OPTYPE.OUTPUT or node.grad_fn in self._outputs for node in nodes):
+        if any(self._is_output(item) for item in depgroup):
             return "its channels are an output of the network"
         if not group.roles(Role.CONSUMER):
             return "no layer consumes its channels"
-        if any(self._pads_channels(node) for node in nodes):
-            return "its channels pass through a padding of channels, which DepGraph cannot map"
-        if any(_is_unprunable_transposed(module) for module in modules):
-            return "DepGraph cannot prune a grouped transposed convolution"
+        lost = next((reason for item in depgroup if (reason := self._lost_track(item))), "")
+        if lost:
+            return lost
+        beyond = next((m.module for m in group.members if int(m.index.max()) >= m.width), None)
+        if beyond is not None:
+            return f"its channels reach {beyond!r} by a way that DepGraph cannot map"
         uneven = next((m.module for m in group.members if not self._is_even(m)), None)
         if uneven is not None:
             return f"its channels reach the groups of {uneven!r} in unequal positions"
+        if self._ties_units(depgroup, group):
+            return "a reshape or a concatenation ties some of its channels to one another"
         return "it has a single unit" if group.units < 2 else ""
+
+    def _is_output(self, item: GroupItem) -> bool:
+        node = item.dep.target
+        emits = self.depgraph.is_out_channel_pruning_fn(item.dep.handler)  # and does not only consume
+        return emits and (node.type == ops.OPTYPE.OUTPUT or node.grad_fn in self._outputs)
+
+    def _lost_track(self, item: GroupItem) -> str:
+        """Say why DepGraph cannot follow the channels through a node, or cannot prune it; empty if it can."""
+        node = item.dep.target
+        if any(root is None for root in item.root_idxs):
+            return "DepGraph loses track of its channels (grouped-query attention)"
+        if any(isinstance(mapping, _SPLITS) for mapping in item.dep.index_mapping):
+            return "its channels are split, at places that pruning would move"
+        if self._pads_channels(node):
+            return "its channels pass through a padding of channels, which DepGraph cannot map"
+        if self._misplaces_joined(node):
+            return "its channels are joined with some of unknown origin, which DepGraph cannot map"
+        if self._spreads_channels(node):
+            return "its channels are spread over several dimensions (a shuffle, attention heads)"
+        return _unprunable(node.module)
 
     def _pads_channels(self, node: Any) -> bool:
         pad = getattr(node.grad_fn, "_saved_pad", ())
@@ -220,6 +253,43 @@ class PruningGraph:
         before = shape_infer.infer_out_channels_recursively(self.depgraph, node, [0])
         after = [shape_infer.infer_in_channels_recursively(self.depgraph, out, [0]) for out in node.outputs]
         return any(width is not None and width != before for width in after)
+
+    def _misplaces_joined(self, node: Any) -> bool:
+        """Whether a concatenation of channels has inputs that DepGraph does not see (the image, constants)."""
+        if node.type != ops.OPTYPE.CONCAT:
+            return False
+        dim, shape = node.grad_fn._saved_dim, node.grad_fn._input_metadata[0].shape
+        dim = dim - 2**64 if dim >= 2**63 else dim  # torch shows negative dimensions as unsigned numbers
+        width = shape_infer.infer_out_channels_recursively(self.depgraph, node.inputs[0], [0])
+        joins_tokens = len(shape) == 3 and width == shape[2]
+        if dim >= 0 and dim != (2 if joins_tokens else 1):
+            return False
+        return node.module.offsets is None or node.module.offsets[-1] != shape[dim]
+
+    def _spreads_channels(self, node: Any) -> bool:
+        """Whether a reshape begins at a tensor of four or more dimensions none of which holds the channels."""
+        if node.type != ops.OPTYPE.RESHAPE:
+            return False
+        shape = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
+        width = shape_infer.infer_out_channels_recursively(self.depgraph, node, [0])
+        return len(shape) >= 4 and width is not None and width not in (shape[1], shape[-1])
+
+    def _ties_units(self, depgroup: Group, group: ChannelGroup) -> bool:
+        """Whether removing some units takes others with them.
+
+        Two units differ in some bit of their numbers: for each bit, DepGraph is asked what leaves with the units
+        that have it set. Only a mapping against the direction of the data can tie them.
+        """
+        mappings = (mapping for item in depgroup for mapping in item.dep.index_mapping)
+        if not any(getattr(mapping, "reverse", False) for mapping in mappings):
+            return False
+        root, prune_out = depgroup[0].dep.target.module, depgroup[0].dep.handler
+        for bit in range((group.units - 1).bit_length()):
+            channels = group.root_channels(u for u in range(group.units) if u >> bit & 1)
+            leaving = self.depgraph.get_pruning_group(root, prune_out, list(channels))[0].idxs
+            if len(leaving) > len(channels):
+                return True
+        return False
 
     def _is_even(self, member: Member) -> bool:
         """Whether every unit takes the same positions out of every group of a grouped layer."""
@@ -236,11 +306,13 @@ class PruningGraph:
 
 @contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:
-    """Unfreeze everything and switch to eval mode for tracing; restore both.
+    """Unfreeze everything for tracing, and on exit restore that, the modes and the hooks.
 
-    DepGraph follows autograd: a frozen parameter vanishes from its graph.
+    DepGraph follows autograd: a frozen parameter vanishes from its graph. It leaves the model in eval mode, and
+    its hooks on the model if forward() raises.
     """
     modes = {module: module.training for module in model.modules()}
+    hooks = {module: list(module._forward_hooks) for module in model.modules()}
     frozen = [p for p in model.parameters() if not p.requires_grad]
     try:
         for parameter in frozen:
@@ -253,6 +325,9 @@ def _traceable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         for module, mode in modes.items():
             module.training = mode
+        for module, known in hooks.items():
+            for key in set(module._forward_hooks).difference(known):
+                del module._forward_hooks[key]
 
 
 def _build(model: nn.Module, example_inputs: tuple[Any, ...]) -> DependencyGraph:
@@ -284,10 +359,15 @@ def _division(module: Any, handler: Any) -> int:
     return 1
 
 
-def _is_unprunable_transposed(module: Any) -> bool:
-    return (
-        isinstance(module, ops.TORCH_CONV)
-        and module.transposed
-        and module.groups > 1
-        and not module.groups == module.out_channels == module.in_channels
-    )
+def _unprunable(module: Any) -> str:
+    """Say why DepGraph cannot prune a layer, or return an empty string."""
+    if isinstance(module, ops.TORCH_CONV) and module.transposed and module.groups > 1:
+        if not module.groups == module.out_channels == module.in_channels:
+            return "DepGraph cannot prune a grouped transposed convolution"
+    elif isinstance(module, ops.TORCH_INSTANCENORM) and module.running_mean is not None:
+        return "DepGraph cannot prune the running statistics of an instance norm"
+    elif isinstance(module, ops.TORCH_LAYERNORM) and len(module.normalized_shape) > 1:
+        return "a layer norm over several dimensions does not say which of them are channels"
+    elif isinstance(module, ops.TORCH_MHA | ops.TORCH_LSTM):
+        return f"what leaves a {type(module).__name__} with its channels cannot be masked or counted"
+    return ""
