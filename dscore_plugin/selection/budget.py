@@ -53,6 +53,42 @@ def meet(
     return _single_steps(path.at(low), path.at(high), measure, target, scored, limits)
 
 
+def meet_latency(path: Path, measure: Measure, target: float, tolerance: float = 0.05, tries: int = 12) -> Counts:
+    """Find the allocation on ``path`` whose measured latency is nearest to a target.
+
+    Latency is measured, so it is noisy and falls in steps: bisection stops as soon as a measurement lies within
+    the tolerance, and never takes more than ``tries`` of them.
+
+    Args:
+        path: the family of allocations.
+        measure: the latency of an allocation, as a fraction of the dense network's.
+        target: the fraction to keep, in (0, 1).
+        tolerance: relative to the target.
+        tries: measurements at most.
+
+    Returns:
+        The units that leave each group.
+
+    Raises:
+        BudgetError: if the target is out of range, or the measurement nearest to it is further than the tolerance
+            away; the message names that one.
+    """
+    check_fraction("target_latency", target)
+    low, high, seen = 0.0, 1.0, {}
+    for _ in range(tries):
+        middle = (low + high) / 2
+        counts = path.at(middle)
+        latency = seen.setdefault(tuple(counts.values()), measure(counts))
+        if abs(latency / target - 1) <= tolerance:
+            return counts
+        low, high = (middle, high) if latency > target else (low, middle)
+    nearest = min(seen.values(), key=lambda latency: abs(latency - target))
+    raise BudgetError(
+        f"target_latency {target:g} cannot be reached within {tolerance:.0%} on this machine; the nearest that was "
+        f"measured is {nearest:.3g}"
+    )
+
+
 def _single_steps(
     counts: Counts, most: Counts, measure: Measure, target: float, scored: Sequence[ScoredGroup], limits: Limits
 ) -> Counts:
