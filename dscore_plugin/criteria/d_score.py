@@ -91,7 +91,9 @@ def signed_mass(weight: Tensor) -> tuple[Tensor, Tensor]:
     plus = filters.clamp(min=0).sum(dim=1, dtype=_wide(filters)).float()
     minus = filters.clamp(max=0).sum(dim=1, dtype=_wide(filters)).neg().float()
     if not torch.isfinite(plus + minus).all():
-        raise CriterionError("the weights hold NaN or infinity; no filter can be ranked: check the checkpoint")
+        raise CriterionError(
+            "the weights hold NaN or infinity; no filter can be ranked: check the checkpoint"
+        )
     return plus, minus
 
 
@@ -112,7 +114,9 @@ def summed_distances(points: Tensor, tile: int = 128) -> Tensor:
     """
     square = points.square().sum(dim=1)
     if not torch.isfinite(square).all():
-        raise CriterionError("the weights hold NaN or infinity; no filter can be ranked: check the checkpoint")
+        raise CriterionError(
+            "the weights hold NaN or infinity; no filter can be ranked: check the checkpoint"
+        )
     total = torch.zeros(len(points), dtype=_wide(points), device=points.device)
     for start in range(0, len(points), tile):
         # one tile of rows against everything to its right, in place: it stays in the cache

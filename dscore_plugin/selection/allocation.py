@@ -36,7 +36,9 @@ class Limits:
 
     def __init__(self, scored: Sequence[ScoredGroup], min_channels: int = 1, round_to: int | None = None):
         if min_channels < 1 or (round_to is not None and round_to < 1):
-            raise BudgetError(f"min_channels and round_to must be at least 1, got {min_channels} and {round_to}")
+            raise BudgetError(
+                f"min_channels and round_to must be at least 1, got {min_channels} and {round_to}"
+            )
         self._groups = {item.group.name: item for item in scored}
         self._most = {name: item.limit(min_channels) for name, item in self._groups.items()}
         self._step = {
@@ -64,7 +66,9 @@ class UniformPath:
 
     def at(self, t: float) -> Counts:
         """Return the units that leave each group at ratio ``t``."""
-        return {name: self._limits.clamp(name, removal_count(t, units)) for name, units in self._units.items()}
+        return {
+            name: self._limits.clamp(name, removal_count(t, units)) for name, units in self._units.items()
+        }
 
 
 class GlobalPath:
@@ -84,7 +88,9 @@ class GlobalPath:
         """Return the units that leave each group when ``floor(t N)`` of all ``N`` lie below the threshold."""
         below = self._owner[: removal_count(t, len(self._owner))]
         counts = torch.bincount(below, minlength=len(self._names)).tolist()
-        return {name: self._limits.clamp(name, count) for name, count in zip(self._names, counts, strict=True)}
+        return {
+            name: self._limits.clamp(name, count) for name, count in zip(self._names, counts, strict=True)
+        }
 
 
 def total(counts: Mapping[str, int]) -> int:

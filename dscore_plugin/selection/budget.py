@@ -18,7 +18,12 @@ def check_fraction(name: str, value: float) -> None:
 
 
 def meet(
-    path: Path, measure: Measure, target: float, scored: Sequence[ScoredGroup], limits: Limits, name: str = "target_macs"
+    path: Path,
+    measure: Measure,
+    target: float,
+    scored: Sequence[ScoredGroup],
+    limits: Limits,
+    name: str = "target_macs",
 ) -> Counts:
     """Find the allocation on ``path`` that meets a budget from below.
 
@@ -53,7 +58,9 @@ def meet(
     return _single_steps(path.at(low), path.at(high), measure, target, scored, limits)
 
 
-def meet_latency(path: Path, measure: Measure, target: float, tolerance: float = 0.05, tries: int = 12) -> Counts:
+def meet_latency(
+    path: Path, measure: Measure, target: float, tolerance: float = 0.05, tries: int = 12
+) -> Counts:
     """Find the allocation on ``path`` whose measured latency is nearest to a target.
 
     Latency is measured, so it is noisy and falls in steps: bisection stops as soon as a measurement lies within
@@ -90,11 +97,19 @@ def meet_latency(path: Path, measure: Measure, target: float, tolerance: float =
 
 
 def _single_steps(
-    counts: Counts, most: Counts, measure: Measure, target: float, scored: Sequence[ScoredGroup], limits: Limits
+    counts: Counts,
+    most: Counts,
+    measure: Measure,
+    target: float,
+    scored: Sequence[ScoredGroup],
+    limits: Limits,
 ) -> Counts:
     counts = dict(counts)
     while measure(counts) > target:
-        steps = {item.group.name: limits.step(item.group.name, counts[item.group.name], most[item.group.name]) for item in scored}
+        steps = {
+            item.group.name: limits.step(item.group.name, counts[item.group.name], most[item.group.name])
+            for item in scored
+        }
         open_ = [item for item in scored if steps[item.group.name] > counts[item.group.name]]
         if not open_:
             return dict(most)

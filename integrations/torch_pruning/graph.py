@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from dscore_plugin.integrations.torch_pruning.counting import CallRecorder, count, shares_one_weight
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch_pruning import ops
@@ -22,6 +21,7 @@ from torch_pruning.pruner import function
 from dscore_plugin.costs import Cost, CostTable, CostTerm
 from dscore_plugin.errors import ModelError
 from dscore_plugin.groups import ChannelGroup, Member, Role, ScoredGroup
+from dscore_plugin.integrations.torch_pruning.counting import CallRecorder, count, shares_one_weight
 
 _NORMS = {ops.OPTYPE.BN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.IN, ops.OPTYPE.PRELU}
 _LAYERS = {ops.OPTYPE.CONV, ops.OPTYPE.LINEAR, ops.OPTYPE.EMBED, ops.OPTYPE.MHA, ops.OPTYPE.LSTM}
