@@ -64,12 +64,19 @@ def _along_channels(mask: Tensor, x: Tensor, module: nn.Module) -> Tensor:
 
 def _replace_forward(stack: ExitStack, module: nn.Module, mask: Tensor) -> None:
     compute = _masked_layer_norm if isinstance(module, nn.LayerNorm) else _masked_group_norm
+    stack.callback(_restore_forward, module, module.__dict__.get("forward"))
     module.forward = lambda x: compute(module, x, mask.to(x.dtype))  # type: ignore[method-assign,assignment]
-    stack.callback(module.__dict__.pop, "forward", None)
+
+
+def _restore_forward(module: nn.Module, own: Any) -> None:
+    del module.__dict__["forward"]
+    if own is not None:
+        module.__dict__["forward"] = own
 
 
 def _masked_layer_norm(module: nn.LayerNorm, x: Tensor, mask: Tensor) -> Tensor:
-    channels_first = x.shape[-1] != len(mask)  # timm's LayerNorm2d normalises over dim 1
+    # timm's and torchvision's LayerNorm2d normalise over dim 1, which may be as long as the last one
+    channels_first = x.shape[-1] != len(mask) or (x.ndim == 4 and "2d" in type(module).__name__)
     rows = x.movedim(1, -1) if channels_first else x
     normal = _normalise(rows, mask, mask.sum(), module.eps, dim=-1)
     out = normal if module.weight is None else normal * module.weight

@@ -98,8 +98,8 @@ class Plan:
                 "or pass strict=False to remove the same channels from these weights"
             )
         if example_inputs is None:
-            device = next((p.device for p in model.parameters()), torch.device("cpu"))
-            example_inputs = (torch.zeros(1, *self.input_shape, device=device),)
+            like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+            example_inputs = (like.new_zeros(1, *self.input_shape),)
         pruned: nn.Module = load_object(_REMOVAL)(model, example_inputs, self.removals)
         return pruned
 
@@ -165,7 +165,7 @@ class Plan:
             raise PlanError(
                 f"no plan can be read from {path}: {error.strerror}; make one with: dscore plan"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{path} is no valid JSON: {error}") from error
         return Plan.from_dict(content)
 
@@ -185,12 +185,12 @@ class Plan:
                 str(content["fingerprint"]),
                 tuple(int(size) for size in content["input_shape"]),
                 removals,
-                tuple(LayerRow(**row) for row in content["rows"]),
+                tuple(_row(row) for row in content["rows"]),
                 (macs[0], macs[1]),
                 (params[0], params[1]),
                 dict(content["made_by"]),
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise PlanError(
                 f"the plan is damaged: {type(error).__name__} at {error}; make a new one"
             ) from error
@@ -214,6 +214,15 @@ class Plan:
                 f"parameters {self.params[0]:,} -> {self.params[1]:,}"
             )
         return "\n".join(lines)
+
+
+def _row(content: Any) -> LayerRow:
+    row = LayerRow(**content)
+    numbers = (row.channels, row.macs_saved, row.score_min, row.score_max, row.score_cut)
+    optional = [isinstance(number, float | int) or number is None for number in numbers[2:]]
+    if not (isinstance(row.layer, str) and all(isinstance(n, int) for n in numbers[:2]) and all(optional)):
+        raise TypeError(f"the row {content}")
+    return row
 
 
 def _indices(values: Any, layer: str) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -149,6 +150,7 @@ def score_groups(
     with torch.random.fork_rng(devices=[]), _gradients(graph.model, batches if info.needs_gradients else ()):
         torch.manual_seed(seed)
         scored = [graph.score(group, importance) for group in groups]
+    _check_scores(info, scored)
     missing = [group.name for group, item in zip(groups, scored, strict=True) if item is None]
     if missing and info.needs_batchnorm:
         raise CriterionError(
@@ -174,9 +176,10 @@ def build_plan(
         cut = float(item.scores[item.order[count - 1]]) if count else None
         rows.append(LayerRow(group.name, group.channels, low, high, cut, round(saved)))
     dense, left = table.dense, table.cost(counts)
+    image = next((x for x in graph.example_inputs if isinstance(x, Tensor)), torch.empty(0))
     return Plan(
         fingerprint(graph.model),
-        tuple(graph.example_inputs[0].shape[1:]),
+        tuple(image.shape[1:]),
         tuple(removals),
         tuple(rows),
         (round(dense.macs), round(left.macs)),
@@ -212,29 +215,33 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
         raise BudgetError(f"{name} {value!r} is unknown; expected one of {', '.join(choices)}")
 
 
-class _gradients:  # noqa: N801
+def _check_scores(info: CriterionInfo, scored: Sequence[ScoredGroup | None]) -> None:
+    for item in scored:
+        if item is not None and not torch.isfinite(item.scores).all():
+            raise CriterionError(f"criterion {info.name!r} gives NaN or infinity for {item.group.name!r}")
+
+
+@contextmanager
+def _gradients(model: nn.Module, batches: Batches) -> Iterator[None]:
     """Fill ``.grad`` with the gradient of the cross-entropy summed over batches; put the old ones back on exit."""
-
-    def __init__(self, model: nn.Module, batches: Batches) -> None:
-        self.model, self.batches = model, batches
-
-    def __enter__(self) -> None:
-        if not self.batches:
-            return
-        self.before = [(p, p.grad, p.requires_grad) for p in self.model.parameters()]
-        self.mode = self.model.training
-        for p, _, _ in self.before:
+    parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()] if batches else []
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for p, _, _ in parameters:
             p.grad = None
             p.requires_grad_(True)
-        self.model.eval()
-        with torch.enable_grad():
-            for images, labels in self.batches:
-                nn.functional.cross_entropy(self.model(images), labels, reduction="sum").backward()
-
-    def __exit__(self, *exc: object) -> None:
-        if not self.batches:
-            return
-        self.model.train(self.mode)
-        for p, grad, requires_grad in self.before:
+        _accumulate(model, batches)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for p, grad, requires_grad in parameters:
             p.grad = grad
             p.requires_grad_(requires_grad)
+
+
+def _accumulate(model: nn.Module, batches: Batches) -> None:
+    model.eval()
+    with torch.enable_grad():
+        for images, labels in batches:
+            nn.functional.cross_entropy(model(images), labels, reduction="sum").backward()

@@ -50,7 +50,7 @@ def meet(
     if least > target:
         raise BudgetError(
             f"{name} {target:g} cannot be reached: at most {1 - least:.1%} can go with these layers, min_channels and "
-            f"round_to; the nearest is {_round_up(least):g}"
+            f"round_to; {_nearest(least)}"
         )
     while total(path.at(low)) < total(path.at(high)) and high - low > 1e-9:
         middle = (low + high) / 2
@@ -85,7 +85,10 @@ def meet_latency(
     for _ in range(tries):
         middle = (low + high) / 2
         counts = path.at(middle)
-        latency = seen.setdefault(tuple(counts.values()), measure(counts))
+        key = tuple(counts.values())
+        if key not in seen:
+            seen[key] = measure(counts)
+        latency = seen[key]
         if abs(latency / target - 1) <= tolerance:
             return counts
         low, high = (middle, high) if latency > target else (low, middle)
@@ -106,17 +109,20 @@ def _single_steps(
 ) -> Counts:
     counts = dict(counts)
     while measure(counts) > target:
-        steps = {
-            item.group.name: limits.step(item.group.name, counts[item.group.name], most[item.group.name])
-            for item in scored
-        }
+        steps = {name: limits.step(name, count, most[name]) for name, count in counts.items()}
         open_ = [item for item in scored if steps[item.group.name] > counts[item.group.name]]
         if not open_:
             return dict(most)
-        lowest = min(open_, key=lambda item: float(item.scores[item.order[counts[item.group.name]]]))
-        counts[lowest.group.name] = steps[lowest.group.name]
+        name = min(open_, key=lambda item: _next_score(item, counts)).group.name
+        counts[name] = steps[name]
     return counts
 
 
-def _round_up(fraction: float) -> float:
-    return int(fraction * 1000 + 1) / 1000
+def _next_score(item: ScoredGroup, counts: Counts) -> float:
+    """Return the score of the unit that would leave next."""
+    return float(item.scores[item.order[counts[item.group.name]]])
+
+
+def _nearest(least: float) -> str:
+    above = int(least * 1000 + 1) / 1000
+    return f"the nearest is {above:g}" if above < 1 else "no more than 0.1 % can"

@@ -57,7 +57,7 @@ def count(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[int, int]:
         op_counter.CUSTOM_MODULES_MAPPING = {}
         for module, mode in modes.items():
             module.training = mode
-    return int(macs), int(params)
+    return round(macs), int(params)
 
 
 @dataclass
@@ -111,10 +111,10 @@ class CallRecorder:
             nonlocal calls
             if not inputs or not isinstance(output, Tensor):
                 return
-            module.__flops__ = 0
+            module.__flops__ = 0  # type: ignore[assignment]
             try:
                 formula(module, inputs, output)
-                macs = module.__flops__ / self.batch  # type: ignore[operator]
+                macs = float(module.__flops__) / self.batch  # type: ignore[arg-type]
             finally:
                 del module.__flops__
             has_weights = any(True for _ in module.parameters(recurse=False)) and not shares_one_weight(

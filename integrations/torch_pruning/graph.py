@@ -19,7 +19,7 @@ from torch_pruning.dependency import DependencyGraph, Group, index_mapping, shap
 from torch_pruning.pruner import function
 
 from dscore_plugin.costs import Cost, CostTable, CostTerm
-from dscore_plugin.errors import ModelError
+from dscore_plugin.errors import CriterionError, ModelError
 from dscore_plugin.groups import ChannelGroup, Member, Role, ScoredGroup
 from dscore_plugin.integrations.torch_pruning.counting import CallRecorder, count, shares_one_weight
 
@@ -141,10 +141,18 @@ class PruningGraph:
 
         Returns:
             The group with its scores, or None if the importance finds nothing to score in it.
+
+        Raises:
+            CriterionError: if the importance gives more or fewer scores than the group has channels.
         """
         scores = importance(self.depgroups[group.name])
         if scores is None or len(scores) == 0:
             return None
+        if scores.shape != (group.channels,):
+            raise CriterionError(
+                f"expected one score for each of the {group.channels} channels of {group.name!r}, got a tensor of "
+                f"shape {tuple(scores.shape)} from {type(importance).__name__}"
+            )
         return ScoredGroup(
             group, scores.detach().to("cpu", torch.float64).view(group.division, -1).mean(dim=0)
         )
@@ -270,7 +278,7 @@ class PruningGraph:
         """Whether a reshape begins at a tensor of four or more dimensions none of which holds the channels."""
         if node.type != ops.OPTYPE.RESHAPE:
             return False
-        shape = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
+        shape: Sequence[int] = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
         width = shape_infer.infer_out_channels_recursively(self.depgraph, node, [0])
         return len(shape) >= 4 and width is not None and width not in (shape[1], shape[-1])
 

@@ -38,11 +38,12 @@ def remove_channels(
     with _rolled_back_on_error(model):
         try:
             for removal in removals:
-                _remove(graph, removal)
+                if removal.channels:
+                    _remove(graph, removal)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in frozen)
             model.eval()
-            with torch.inference_mode():
+            with torch.no_grad():  # no inference mode: what a network caches here must still be trainable
                 model(*example_inputs)
         except Exception as error:
             raise ModelError(
@@ -60,6 +61,10 @@ def _remove(graph: PruningGraph, removal: ChannelRemoval) -> None:
 
 def _check(graph: PruningGraph, removals: Sequence[ChannelRemoval]) -> None:
     groups = {group.name: group for group in graph.groups}
+    layers = [removal.layer for removal in removals]
+    twice = next((layer for layer in layers if layers.count(layer) > 1), None)
+    if twice is not None:
+        raise PlanError(f"the plan names {twice!r} twice; put all of its channels into one entry")
     for removal in removals:
         group = groups.get(removal.layer)
         if group is None:
@@ -72,7 +77,7 @@ def _check_group(group: ChannelGroup, channels: tuple[int, ...]) -> None:
         raise PlanError(f"{group.name!r} must not be pruned: {group.protected}")
     if channels and not 0 <= min(channels) <= max(channels) < group.channels:
         raise PlanError(
-            f"{group.name!r} has channels 0..{group.channels - 1}; the plan names {max(channels)}"
+            f"{group.name!r} has channels 0..{group.channels - 1}; the plan names {min(channels)}..{max(channels)}"
         )
     try:
         units = group.units_of(channels)
