@@ -19,7 +19,8 @@ def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
     """Count the MACs of one image and the parameters, as Torch-Pruning counts them.
 
     Convolutions and linear layers are multiply-accumulates (their biases too); norms, activations and
-    poolings that are modules add one or two for each element.
+    poolings that are modules add one or two for each element. Subclasses of a convolution or a linear layer,
+    which Torch-Pruning's counter looks past, are counted as what they are.
 
     Args:
         model: any network; it works on a copy, so neither its mode nor its statistics change.
@@ -28,10 +29,9 @@ def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
     Returns:
         MACs of one image, and parameters.
     """
-    import torch_pruning
+    from dscore_plugin.integrations.torch_pruning import counting
 
-    macs, params = torch_pruning.utils.count_ops_and_params(model, example_inputs)
-    return round(macs), int(params)
+    return counting.count(model, example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
 
 
 def latency(
