@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,7 +92,7 @@ def train(
     accelerator.wait_for_everyone()  # no process may write before every one has looked for a checkpoint
     shown = progress if progress and accelerator.is_main_process else NoProgress()
     with _placed(model, precision):
-        run = _Run.start(model, train_set, validation_set, config, accelerator, precision, regularizer, shown)
+        run = _Run(model, train_set, validation_set, config, accelerator, precision, regularizer, shown)
         history = run.restore(saved) if saved else []
         with shown.task("training", (config.epochs - len(history)) * run.steps) as advance:
             for epoch in range(len(history), config.epochs):
@@ -107,8 +107,6 @@ class _Run:
     """What stays the same from the first to the last step."""
 
     model: nn.Module
-    wrapped: nn.Module  # the model, or its distributed wrapper
-    optimizer: torch.optim.Optimizer
     train_set: ImageSet
     validation_set: ImageSet | None
     config: TrainingConfig
@@ -116,40 +114,18 @@ class _Run:
     precision: Precision
     regularizer: Regularizer | None
     progress: Progress
+    wrapped: nn.Module = field(init=False)  # the model, or its distributed wrapper
+    optimizer: torch.optim.Optimizer = field(init=False)
 
-    @classmethod
-    def start(
-        cls,
-        model: nn.Module,
-        train_set: ImageSet,
-        validation_set: ImageSet | None,
-        config: TrainingConfig,
-        accelerator: Accelerator,
-        precision: Precision,
-        regularizer: Regularizer | None,
-        progress: Progress,
-    ) -> _Run:
-        """Make the optimiser, and let accelerate prepare it and the model."""
+    def __post_init__(self) -> None:
         optimizer = torch.optim.SGD(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            lr=self.config.learning_rate,
+            momentum=self.config.momentum,
+            weight_decay=self.config.weight_decay,
+            nesterov=self.config.nesterov,
         )
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
-        return cls(
-            model,
-            wrapped,
-            optimizer,
-            train_set,
-            validation_set,
-            config,
-            accelerator,
-            precision,
-            regularizer,
-            progress,
-        )
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
 
     @property
     def steps(self) -> int:
