@@ -134,12 +134,13 @@ def prune(
 
     if plan is None and ratio is None and target_macs is None and target_params is None:
         target_macs = 0.5
+    schedule_and_precision: dict[str, Any] = {"schedule": schedule, "precision": precision}  # checked there
     training = None
     if epochs:
         training = TrainingConfig(
             epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, weight_decay=weight_decay,
-            schedule=schedule, label_smoothing=label_smoothing, precision=precision, workers=workers, seed=seed,
-        )  # type: ignore[arg-type]  # fmt: skip
+            label_smoothing=label_smoothing, workers=workers, seed=seed, **schedule_and_precision,
+        )  # fmt: skip
     job = PruneJob(
         Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
         Choice(

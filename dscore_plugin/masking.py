@@ -62,16 +62,14 @@ def _along_channels(mask: Tensor, x: Tensor, module: nn.Module) -> Tensor:
     return mask if isinstance(module, nn.Linear) else mask.view(-1, *[1] * (x.ndim - 2))
 
 
-def _replace_forward(stack: ExitStack, module: nn.Module, mask: Tensor) -> None:
-    compute = _masked_layer_norm if isinstance(module, nn.LayerNorm) else _masked_group_norm
-    stack.callback(_restore_forward, module, module.__dict__.get("forward"))
-    module.forward = lambda x: compute(module, x, mask.to(x.dtype))  # type: ignore[method-assign,assignment]
+def _replace_forward(stack: ExitStack, module: nn.LayerNorm | nn.GroupNorm, mask: Tensor) -> None:
+    def forward(x: Tensor) -> Tensor:
+        if isinstance(module, nn.LayerNorm):
+            return _masked_layer_norm(module, x, mask.to(x.dtype))
+        return _masked_group_norm(module, x, mask.to(x.dtype))
 
-
-def _restore_forward(module: nn.Module, own: Any) -> None:
-    del module.__dict__["forward"]
-    if own is not None:
-        module.__dict__["forward"] = own
+    module.forward = forward  # type: ignore[method-assign,assignment]
+    stack.callback(module.__dict__.pop, "forward", None)
 
 
 def _masked_layer_norm(module: nn.LayerNorm, x: Tensor, mask: Tensor) -> Tensor:

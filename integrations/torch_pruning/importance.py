@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -38,7 +37,10 @@ class FilterImportance(torch_pruning_importance.Importance):
         CriterionError: if ``group_reduction`` is unknown.
     """
 
-    criterion: ClassVar[Callable[[Tensor], Tensor]]
+    @staticmethod
+    @abstractmethod
+    def criterion(filters: Tensor, /) -> Tensor:
+        """Score filters ``(n, ...)``: shape ``(n,)``, the lowest is pruned first."""
 
     def __init__(self, group_reduction: str = "mean") -> None:
         if group_reduction not in _REDUCTIONS:
