@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dscore_plugin.artifact import load_pruned, save_pruned
     from dscore_plugin.integrations.torch_pruning.importance import (
+        DependencyAwareImportance,
         DScoreImportance,
         DStepGMImportance,
         DStepImportance,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dscore_plugin.plan import Plan
     from dscore_plugin.planning import plan_pruning, prune
     from dscore_plugin.registry import CriterionInfo, get_criterion, list_criteria
+    from dscore_plugin.selection.sensitivity import Sensitivity, sensitivity_analysis
 
 __version__ = "0.1.0"
 
@@ -25,6 +27,7 @@ _IMPORTANCE = "dscore_plugin.integrations.torch_pruning.importance"
 _HOME = {
     "CriterionInfo": "dscore_plugin.registry",
     "DScoreImportance": _IMPORTANCE,
+    "DependencyAwareImportance": _IMPORTANCE,
     "DStepGMImportance": _IMPORTANCE,
     "DStepImportance": _IMPORTANCE,
     "Plan": "dscore_plugin.plan",
@@ -34,20 +37,25 @@ _HOME = {
     "plan_pruning": "dscore_plugin.planning",
     "prune": "dscore_plugin.planning",
     "save_pruned": "dscore_plugin.artifact",
+    "Sensitivity": "dscore_plugin.selection.sensitivity",
+    "sensitivity_analysis": "dscore_plugin.selection.sensitivity",
 }
 
 __all__ = [
     "CriterionInfo",
+    "DependencyAwareImportance",
     "DScoreImportance",
     "DStepGMImportance",
     "DStepImportance",
     "Plan",
+    "Sensitivity",
     "get_criterion",
     "list_criteria",
     "load_pruned",
     "plan_pruning",
     "prune",
     "save_pruned",
+    "sensitivity_analysis",
 ]
 
 

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich import box
@@ -15,6 +15,9 @@ from rich.table import Table
 
 from dscore_plugin.errors import DScoreError
 from dscore_plugin.registry import list_criteria
+
+if TYPE_CHECKING:
+    from dscore_plugin.pipeline import Analysis
 
 app = typer.Typer(
     help="Prune networks with paper-faithful criteria.",
@@ -57,9 +60,56 @@ TargetParams = Annotated[
     float | None,
     typer.Option(metavar="F", help="Share of the parameters to keep, in (0, 1).", show_default=False),
 ]
-Allocation = Annotated[
-    str, typer.Option(help="uniform: the same share of every layer; global: lowest scores first.")
+TargetLatency = Annotated[
+    float | None,
+    typer.Option(
+        metavar="F", help="Share of the latency to keep, measured here, in (0, 1).", show_default=False
+    ),
 ]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        metavar="A", help="Accuracy in percent that every layer alone must keep.", show_default=False
+    ),
+]
+MaxDrop = Annotated[
+    float | None, typer.Option(metavar="P", help="The same, as points below dense.", show_default=False)
+]
+Allocation = Annotated[
+    str,
+    typer.Option(
+        help="uniform: the same share of every layer; global: lowest scores first; sensitivity: measured."
+    ),
+]
+LatencyBatch = Annotated[int, typer.Option(min=1, help="Images at a time, for --target-latency.")]
+TableFile = Annotated[
+    str | None,
+    typer.Option(
+        "--sensitivity", metavar="FILE", help="A sensitivity.json, instead of measuring.", show_default=False
+    ),
+]
+Images = Annotated[int, typer.Option(min=1, help="Validation images of a sensitivity analysis.")]
+Ratios = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,R,...", help="Of a sensitivity analysis; default 0.05 to 0.95.", show_default=False
+    ),
+]
+PaperProtocol = Annotated[
+    bool, typer.Option("--paper-protocol", help="Analyse sensitivity on the test images, as the paper did.")
+]
+EarlyExit = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="Give a layer up P points below dense: faster.", show_default=False),
+]
+FoldBatchnorm = Annotated[
+    bool,
+    typer.Option("--fold-batchnorm", help="Fold batch norm for the analysis: faster, equal up to rounding."),
+]
+Rerank = Annotated[
+    bool, typer.Option("--rerank", help="Score a layer anew after every step, as D-Score's code.")
+]
+Calibration = Annotated[int, typer.Option(min=1, help="For criteria that look at data.")]
 Layers = Annotated[str, typer.Option(help="all, or inner: residual sums stay whole.")]
 MinChannels = Annotated[int, typer.Option(min=1, help="Channels that every layer keeps at least.")]
 RoundTo = Annotated[
@@ -89,14 +139,25 @@ def prune(
     ratio: Ratio = None,
     target_macs: TargetMacs = None,
     target_params: TargetParams = None,
+    target_latency: TargetLatency = None,
+    threshold: Threshold = None,
+    max_drop: MaxDrop = None,
     allocation: Allocation = "uniform",
     layers: Layers = "all",
     min_channels: MinChannels = 1,
     round_to: RoundTo = None,
+    latency_batch: LatencyBatch = 1,
+    table: TableFile = None,
+    images: Images = 2000,
+    ratios: Ratios = None,
+    paper_protocol: PaperProtocol = False,
+    early_exit: EarlyExit = None,
+    fold_batchnorm: FoldBatchnorm = False,
+    rerank: Rerank = False,
     plan: Annotated[
         Path | None, typer.Option(help="Apply this plan instead of choosing.", show_default=False)
     ] = None,
-    calibration_images: Annotated[int, typer.Option(min=1, help="For criteria that look at data.")] = 1024,
+    calibration_images: Calibration = 1024,
     epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 leaves it out.")] = 10,
     dense_epochs: Annotated[
         int | None,
@@ -132,7 +193,8 @@ def prune(
     from dscore_plugin.training.config import TrainingConfig
     from dscore_plugin.training.progress import RichProgress
 
-    if plan is None and ratio is None and target_macs is None and target_params is None:
+    goals = (ratio, target_macs, target_params, target_latency, threshold, max_drop)
+    if plan is None and all(goal is None for goal in goals):
         target_macs = 0.5
     schedule_and_precision: dict[str, Any] = {"schedule": schedule, "precision": precision}  # checked there
     training = None
@@ -144,16 +206,22 @@ def prune(
     job = PruneJob(
         Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
         Choice(
-            criterion,
-            ratio,
-            target_macs,
-            target_params,
-            allocation,
-            layers,
-            min_channels,
-            round_to,
-            calibration_images,
-        ),
+            criterion=criterion,
+            ratio=ratio,
+            target_macs=target_macs,
+            target_params=target_params,
+            target_latency=target_latency,
+            threshold=threshold,
+            max_drop=max_drop,
+            allocation=allocation,
+            layers=layers,
+            min_channels=min_channels,
+            round_to=round_to,
+            latency_batch=latency_batch,
+            calibration_images=calibration_images,
+            table=table,
+            analysis=_analysis(images, ratios, paper_protocol, early_exit, fold_batchnorm, rerank),
+        ),  # fmt: skip
         out or default_out(model, criterion),
         plan=plan,
         training=training,
@@ -232,11 +300,22 @@ def plan(
     ratio: Ratio = None,
     target_macs: TargetMacs = None,
     target_params: TargetParams = None,
+    target_latency: TargetLatency = None,
+    threshold: Threshold = None,
+    max_drop: MaxDrop = None,
     allocation: Allocation = "uniform",
     layers: Layers = "all",
     min_channels: MinChannels = 1,
     round_to: RoundTo = None,
-    calibration_images: Annotated[int, typer.Option(min=1, help="For criteria that look at data.")] = 1024,
+    latency_batch: LatencyBatch = 1,
+    table: TableFile = None,
+    images: Images = 2000,
+    ratios: Ratios = None,
+    paper_protocol: PaperProtocol = False,
+    early_exit: EarlyExit = None,
+    fold_batchnorm: FoldBatchnorm = False,
+    rerank: Rerank = False,
+    calibration_images: Calibration = 1024,
     force: Force = False,
     model_arg: ModelArg = None,
     image_size: ImageSize = None,
@@ -253,22 +332,92 @@ def plan(
     chosen = run_plan(
         Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
         Choice(
-            criterion,
-            ratio,
-            target_macs,
-            target_params,
-            allocation,
-            layers,
-            min_channels,
-            round_to,
-            calibration_images,
-        ),
+            criterion=criterion,
+            ratio=ratio,
+            target_macs=target_macs,
+            target_params=target_params,
+            target_latency=target_latency,
+            threshold=threshold,
+            max_drop=max_drop,
+            allocation=allocation,
+            layers=layers,
+            min_channels=min_channels,
+            round_to=round_to,
+            latency_batch=latency_batch,
+            calibration_images=calibration_images,
+            table=table,
+            analysis=_analysis(images, ratios, paper_protocol, early_exit, fold_batchnorm, rerank),
+        ),  # fmt: skip
     )
     chosen.save(out)
     if json_:
         _print_json(chosen.to_dict())
     else:
         typer.echo(str(chosen))
+
+
+_SENSITIVITY_HELP = """Measure the accuracy of a network with each layer pruned alone, at many ratios.
+
+Writes sensitivity.json, .csv, .png and .svg. Under `accelerate launch` the processes divide the work.
+
+Examples:
+
+`dscore sensitivity --model cifar_resnet56 --weights resnet56.safetensors --data cifar10:PATH --out runs/s56`
+
+`dscore prune ... --allocation sensitivity --sensitivity runs/s56/sensitivity.json --max-drop 2`
+"""
+
+
+@app.command(help=_SENSITIVITY_HELP)
+def sensitivity(
+    out: Annotated[Path, typer.Option(help="The folder of the table and its picture.")],
+    model: Model = "digits_cnn",
+    weights: Weights = None,
+    data: Data = "digits",
+    criterion: Criterion = "d_score",
+    layers: Layers = "all",
+    images: Images = 2000,
+    ratios: Ratios = None,
+    paper_protocol: PaperProtocol = False,
+    early_exit: EarlyExit = None,
+    fold_batchnorm: FoldBatchnorm = False,
+    rerank: Rerank = False,
+    calibration_images: Calibration = 1024,
+    force: Force = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted analysis.")] = False,
+    model_arg: ModelArg = None,
+    image_size: ImageSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Measure the accuracy of a network with each layer pruned alone."""
+    from dscore_plugin.pipeline import Choice, Source, run_sensitivity
+    from dscore_plugin.training.progress import RichProgress
+
+    analysis = _analysis(images, ratios, paper_protocol, early_exit, fold_batchnorm, rerank)
+    measured = run_sensitivity(
+        Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
+        Choice(criterion, layers=layers, calibration_images=calibration_images, analysis=analysis),
+        out,
+        force=force,
+        resume=resume,
+        progress=RichProgress(),
+        say=_say,
+    )
+    if json_:
+        _print_json(measured.to_dict())
+        return
+    table = Table(
+        title=f"top-1 on {measured.images} {measured.protocol} images; dense {measured.dense_top1:.2f} %"
+    )
+    shown = measured.ratios[:: max(1, len(measured.ratios) // 9)]
+    for heading in ("layer", *(f"{ratio:.0%}" for ratio in shown)):
+        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
+    for layer in measured.layers:
+        cells = dict(zip(measured.ratios, measured.curve(layer), strict=True))
+        table.add_row(layer, *("-" if cells[ratio] is None else f"{cells[ratio]:.1f}" for ratio in shown))
+    Console().print(table)
 
 
 _LIST_HELP = """List the criteria: name, paper, granularity, what each needs.
@@ -309,6 +458,25 @@ def list_(seed: Seed = 0, json_: Json = False) -> None:
             info.name, info.kind, ", ".join(info.granularity), ", ".join(needs), paper, info.summary
         )
     Console().print(table)
+
+
+def _analysis(
+    images: int,
+    ratios: str | None,
+    paper_protocol: bool,
+    early_exit: float | None,
+    fold_batchnorm: bool,
+    rerank: bool,
+) -> Analysis:
+    """Read how a sensitivity analysis is to be done."""
+    from dscore_plugin.pipeline import Analysis
+    from dscore_plugin.selection.sensitivity import RATIOS
+
+    try:
+        steps = RATIOS if ratios is None else tuple(float(ratio) for ratio in ratios.split(","))
+    except ValueError as error:
+        raise DScoreError(f"--ratios {ratios!r} is no list of numbers, such as 0.1,0.2,0.3") from error
+    return Analysis(images, steps, paper_protocol, early_exit, fold_batchnorm, rerank)
 
 
 def _model_args(pairs: list[str] | None) -> dict[str, Any]:

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import PartialState
+from torch import Tensor, nn
 
 from dscore_plugin.artifact import load_pruned, read_structure, save_pruned
-from dscore_plugin.datasets import ImageData, load_data
+from dscore_plugin.datasets import ImageData, ImageSet, load_data
 from dscore_plugin.errors import ArtifactError, BudgetError, ModelError
-from dscore_plugin.files import ensure_writable, read_json, write_json
+from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write_json
+from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.models import create_model, load_weights
 from dscore_plugin.plan import Plan
-from dscore_plugin.planning import check_goal, plan_pruning
+from dscore_plugin.planning import GOALS, check_goals, plan_pruning, rerank_groups, score_groups
 from dscore_plugin.registry import get_criterion
 from dscore_plugin.report.numbers import count, file_sizes, latency
 from dscore_plugin.report.tables import report_markdown
+from dscore_plugin.selection.sensitivity import RATIOS, Sensitivity, check_ratios, sensitivity_analysis
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm
 from dscore_plugin.training.loop import train
@@ -74,18 +77,66 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Analysis:
+    """How the sensitivity of the layers is measured.
+
+    Attributes:
+        images: of the validation split; None takes all.
+        ratios: shares of a layer's channels to remove.
+        paper_protocol: measure on the test images, as the paper did. The choice of ratios then knows them.
+        early_exit: give a layer up once it lies so many points below the dense accuracy; None measures all.
+        fold_batchnorm: fold batch norm into the convolutions, for speed; the numbers differ by rounding.
+        rerank: score what is left of a layer anew after every step, as the paper's code does.
+    """
+
+    images: int | None = 2000
+    ratios: tuple[float, ...] = RATIOS
+    paper_protocol: bool = False
+    early_exit: float | None = None
+    fold_batchnorm: bool = False
+    rerank: bool = False
+
+    def choose_images(self, data: ImageData, seed: int) -> ImageSet:
+        """Return the images to measure on; raise DataError if there are none."""
+        images = data.test if self.paper_protocol else data.validation.plain()
+        return images if self.images is None else images.subset(min(self.images, len(images)), seed=seed)
+
+
+@dataclass(frozen=True)
 class Choice:
-    """How the channels are chosen; the fields are those of :func:`dscore_plugin.planning.plan_pruning`."""
+    """How the channels are chosen.
+
+    Attributes:
+        calibration_images: for criteria that look at data.
+        table: a sensitivity table measured before, for the allocation by sensitivity; None measures one.
+        analysis: how it is measured.
+
+    The other fields are those of :func:`dscore_plugin.planning.plan_pruning`.
+    """
 
     criterion: str = "d_score"
     ratio: float | None = None
     target_macs: float | None = None
     target_params: float | None = None
+    target_latency: float | None = None
+    threshold: float | None = None
+    max_drop: float | None = None
     allocation: str = "uniform"
     layers: str = "all"
     min_channels: int = 1
     round_to: int | None = None
+    latency_batch: int = 1
     calibration_images: int = 1024
+    table: str | None = None
+    analysis: Analysis = field(default_factory=Analysis)
+
+    def check(self) -> None:
+        """Refuse what can be refused without a model; raise a DScoreError."""
+        get_criterion(self.criterion)
+        check_goals({name: getattr(self, name) for name in ("ratio", *GOALS)}, self.allocation)
+        if self.table is not None:
+            Sensitivity.load(self.table)
+        check_ratios(self.analysis.ratios)
 
 
 @dataclass(frozen=True)
@@ -154,7 +205,7 @@ def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda
     metrics: dict[str, Any] = {"dense": _measure(model, data, shown)}
     say(f"dense: top-1 {metrics['dense']['top1']:.2f} %, {metrics['dense']['macs'] / 1e6:.1f} M MACs")
 
-    plan = _plan(job, model, data)
+    plan = _plan(job, model, data, shown)
     plan.save(job.work / "plan.json")
     say(str(plan))
     plan.apply(model)
@@ -170,12 +221,67 @@ def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda
 
 def run_plan(source: Source, choice: Choice, say: Say = lambda _: None) -> Plan:
     """Choose what leaves a network, without touching it."""
-    get_criterion(choice.criterion)
-    check_goal(choice.ratio, choice.target_macs, choice.target_params)
+    choice.check()
     if source.weights is None:
         raise ModelError("a plan needs trained weights; pass --weights FILE")
     data = source.load_images()
     return _choose(source, choice, source.build(data), data)
+
+
+def run_sensitivity(
+    source: Source,
+    choice: Choice,
+    out: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    say: Say = lambda _: None,
+) -> Sensitivity:
+    """Measure the sensitivity of every layer and write the table and its picture.
+
+    Args:
+        source: the network, with its weights, and the images.
+        choice: the criterion, and how to measure.
+        out: the folder that takes ``sensitivity.json``, ``.csv``, ``.png`` and ``.svg``.
+        force: replace it.
+        resume: go on with an interrupted analysis.
+        progress: shows bars.
+        say: takes a line of news now and then.
+
+    Returns:
+        The table.
+
+    Raises:
+        DScoreError: on bad input, before any work starts.
+    """
+    from dscore_plugin.report.plots import plot_sensitivity
+
+    ensure_writable(out, force)
+    get_criterion(choice.criterion)
+    check_ratios(choice.analysis.ratios)
+    if source.weights is None:
+        raise ModelError("a sensitivity analysis needs trained weights; pass --weights FILE")
+    work = out.with_name(out.name + ".work")
+    if work.exists() and not (resume or force):
+        raise ArtifactError(
+            f"{work} holds an unfinished analysis; go on with --resume, or start over with --force"
+        )
+    if work.exists() and not resume:
+        shutil.rmtree(work)
+    data = source.load_images()
+    if choice.analysis.paper_protocol:
+        say(
+            "paper protocol: the ratios are measured on the TEST images, so they know them; do not compare the result"
+        )
+    table = _table(source, choice, source.build(data), data, work, progress=progress)
+    if PartialState().is_main_process:
+        with atomic_folder(out, force) as folder:
+            table.save(folder)
+            plot_sensitivity(table, folder / "sensitivity.png", folder / "sensitivity.svg")
+        shutil.rmtree(work)
+        say(f"saved {out}: sensitivity.json, .csv, .png, .svg")
+    return table
 
 
 def run_evaluate(folder: Path | None, source: Source, progress: Progress | None = None) -> dict[str, Any]:
@@ -204,11 +310,10 @@ def run_evaluate(folder: Path | None, source: Source, progress: Progress | None 
 def _check(job: PruneJob) -> None:
     """Refuse what can be refused before any work starts."""
     ensure_writable(job.out, job.force)
-    get_criterion(job.choice.criterion)
     if job.plan is not None:
         Plan.load(job.plan)
     else:
-        check_goal(job.choice.ratio, job.choice.target_macs, job.choice.target_params)
+        job.choice.check()
     if job.source.weights is None and _dense_epochs(job) < 1:
         raise ModelError(
             f"{job.source.model} has no weights; pass --weights FILE, or --dense-epochs N to train it first"
@@ -267,20 +372,64 @@ def _dense(job: PruneJob, model: nn.Module, data: ImageData, progress: Progress,
     return model
 
 
-def _plan(job: PruneJob, model: nn.Module, data: ImageData) -> Plan:
-    return Plan.load(job.plan) if job.plan else _choose(job.source, job.choice, model, data)
+def _plan(job: PruneJob, model: nn.Module, data: ImageData, progress: Progress) -> Plan:
+    if job.plan:
+        return Plan.load(job.plan)
+    return _choose(job.source, job.choice, model, data, job.work, progress=progress)
 
 
-def _choose(source: Source, choice: Choice, model: nn.Module, data: ImageData) -> Plan:
-    options = asdict(choice)
-    images = options.pop("calibration_images")
-    batches = []
-    if get_criterion(choice.criterion).needs_data:
-        chosen = data.train.plain().subset(min(images, len(data.train)), seed=source.seed)
-        device = source.find_device()
-        batches = [(x.to(device), y.to(device)) for x, y in chosen.loader(128)]
-    example = torch.zeros(1, *data.input_shape, device=source.find_device())
-    return plan_pruning(model, example, batches=batches, seed=source.seed, **options)
+def _choose(
+    source: Source, choice: Choice, model: nn.Module, data: ImageData, work: Path | None = None, **shown: Any
+) -> Plan:
+    """Make the plan; ``work`` takes what a sensitivity analysis has measured so far."""
+    options = {name: getattr(choice, name) for name in (*GOALS, "criterion", "ratio", "allocation", "layers")}
+    options |= {name: getattr(choice, name) for name in ("min_channels", "round_to", "latency_batch")}
+    if choice.allocation == "sensitivity":
+        options["sensitivity"] = _table(source, choice, model, data, work, **shown)
+    if choice.analysis.rerank:
+        options["rerank"] = choice.analysis.ratios
+    batches = _calibration(source, choice, data)
+    return plan_pruning(model, _example(source, data), batches=batches, seed=source.seed, **options)
+
+
+def _table(
+    source: Source, choice: Choice, model: nn.Module, data: ImageData, work: Path | None, **shown: Any
+) -> Sensitivity:
+    """Read the sensitivity table, or measure it."""
+    if choice.table is not None:
+        return Sensitivity.load(choice.table)
+    analysis, info = choice.analysis, get_criterion(choice.criterion)
+    graph = PruningGraph(model, (_example(source, data),))
+    batches = _calibration(source, choice, data)
+    scored = score_groups(graph, info, layers=choice.layers, batches=batches, seed=source.seed)
+    if analysis.rerank:
+        scored = rerank_groups(graph, info, scored, analysis.ratios)
+    return sensitivity_analysis(
+        model,
+        scored,
+        analysis.choose_images(data, source.seed),
+        ratios=analysis.ratios,
+        early_exit=analysis.early_exit,
+        fold_batchnorm=analysis.fold_batchnorm,
+        criterion=choice.criterion,
+        protocol="test" if analysis.paper_protocol else "validation",
+        checkpoint=None if work is None else work / "cells.jsonl",
+        resume=True,
+        **shown,
+    )
+
+
+def _calibration(source: Source, choice: Choice, data: ImageData) -> list[tuple[Tensor, Tensor]]:
+    """Return the images that the criterion looks at, if it looks at any."""
+    if not get_criterion(choice.criterion).needs_data:
+        return []
+    images = data.train.plain().subset(min(choice.calibration_images, len(data.train)), seed=source.seed)
+    device = source.find_device()
+    return [(x.to(device), y.to(device)) for x, y in images.loader(128)]
+
+
+def _example(source: Source, data: ImageData) -> Tensor:
+    return torch.zeros(1, *data.input_shape, device=source.find_device())
 
 
 def _measure(model: nn.Module, data: ImageData, progress: Progress) -> dict[str, Any]:

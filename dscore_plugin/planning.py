@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dscore_plugin.errors import BudgetError, CriterionError, ModelError
+from dscore_plugin.errors import BudgetError, CriterionError, ModelError, PlanError
 from dscore_plugin.groups import ScoredGroup
-from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
+from dscore_plugin.integrations.torch_pruning.graph import PruningGraph, producers
+from dscore_plugin.integrations.torch_pruning.removal import remove_channels
 from dscore_plugin.plan import ChannelRemoval, LayerRow, Plan, fingerprint
-from dscore_plugin.registry import CriterionInfo, get_criterion
-from dscore_plugin.selection.allocation import Counts, GlobalPath, Limits, Path, UniformPath
-from dscore_plugin.selection.budget import check_fraction, meet
+from dscore_plugin.registry import CriterionInfo, get_criterion, load_object
+from dscore_plugin.report.numbers import latency
+from dscore_plugin.selection.allocation import Counts, GlobalPath, Limits, Path, UniformPath, total
+from dscore_plugin.selection.budget import Measure, check_fraction, meet, meet_latency
+from dscore_plugin.selection.sensitivity import Sensitivity, SensitivityPath, reranked
 
-PATHS: dict[str, type[UniformPath] | type[GlobalPath]] = {"uniform": UniformPath, "global": GlobalPath}
+GOALS = ("target_macs", "target_params", "target_latency", "threshold", "max_drop")
+ALLOCATIONS = ("uniform", "global", "sensitivity")
 LAYERS = ("all", "inner")
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -45,7 +52,7 @@ def prune(
         DScoreError: on bad input, before anything is changed.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    if ratio is None and not any(options.get(key) is not None for key in ("target_macs", "target_params")):
+    if ratio is None and not any(options.get(key) is not None for key in GOALS):
         ratio = 0.5
     return plan_pruning(model, inputs, criterion, ratio=ratio, **options).apply(model, inputs, strict=False)
 
@@ -58,13 +65,19 @@ def plan_pruning(
     ratio: float | None = None,
     target_macs: float | None = None,
     target_params: float | None = None,
+    target_latency: float | None = None,
+    threshold: float | None = None,
+    max_drop: float | None = None,
     allocation: str = "uniform",
+    sensitivity: Sensitivity | None = None,
     layers: str = "all",
     ignored_layers: Sequence[nn.Module] = (),
     min_channels: int = 1,
     round_to: int | None = None,
     criterion_options: Mapping[str, Any] | None = None,
     batches: Batches = (),
+    latency_batch: int = 1,
+    rerank: Sequence[float] = (),
     seed: int = 0,
 ) -> Plan:
     """Choose what leaves a network; the network is not touched.
@@ -76,13 +89,20 @@ def plan_pruning(
         ratio: the share of channels to remove: ``floor(ratio * n + 1e-9)`` of every group (uniform), or of all.
         target_macs: the share of the MACs to keep, instead of ``ratio``; met from below.
         target_params: the share of the parameters to keep, instead of ``ratio``; met from below.
-        allocation: ``"uniform"`` (the same share of every group) or ``"global"`` (the lowest scores overall).
+        target_latency: the share of the latency to keep, measured on this machine; met within 5 %.
+        threshold: the accuracy in percent that every layer, pruned alone, must keep (the paper's rule).
+        max_drop: the same, as points below the dense accuracy.
+        allocation: ``"uniform"`` (the same share of every group), ``"global"`` (the lowest scores overall) or
+            ``"sensitivity"`` (the layers that hurt least give most: one threshold accuracy for all).
+        sensitivity: the measured table, for ``"sensitivity"``.
         layers: ``"all"`` groups, or ``"inner"``: those with a single producer, which leaves residual sums whole.
         ignored_layers: modules whose channels stay; a container stands for everything in it.
         min_channels: channels that every layer keeps at least.
         round_to: make the channels that remain a multiple of it.
         criterion_options: keyword arguments of the criterion's importance class.
         batches: images ``(b, c, h, w)`` and labels ``(b,)``, for criteria that need data.
+        latency_batch: images at a time, for ``target_latency``.
+        rerank: score what is left of a layer anew at each of these ratios, as D-Score's code does.
         seed: for criteria that draw random numbers.
 
     Returns:
@@ -94,17 +114,22 @@ def plan_pruning(
         ModelError: if the model cannot be traced, holds NaN, or nothing in it can be pruned.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    goal, amount = check_goal(ratio, target_macs, target_params)
-    _check_choice("allocation", allocation, PATHS)
+    goals = {"ratio": ratio, "target_macs": target_macs, "target_params": target_params}
+    goals |= {"target_latency": target_latency, "threshold": threshold, "max_drop": max_drop}
+    goal, amount = check_goals(goals, allocation)
     _check_choice("layers", layers, LAYERS)
     info = get_criterion(criterion)
     graph = PruningGraph(model, inputs, ignored_layers)
     scored = score_groups(graph, info, criterion_options, layers=layers, batches=batches, seed=seed)
+    if rerank:
+        scored = rerank_groups(graph, info, scored, rerank)
     limits = Limits(scored, min_channels, round_to)
-    path = PATHS[allocation](scored, limits)
-    counts = path.at(amount) if goal == "ratio" else _meet(path, goal, amount, graph, scored, limits)
+    search = _Search(graph, scored, limits, sensitivity, latency_batch)
+    counts = search.counts(allocation, goal, amount)
     made_by = {"criterion": criterion, "allocation": allocation, goal: amount, "layers": layers, "seed": seed}
     made_by |= {"min_channels": min_channels, "round_to": round_to}
+    if goal == "target_latency":
+        made_by["latency_batch"] = latency_batch
     return build_plan(graph, scored, counts, made_by)
 
 
@@ -162,15 +187,47 @@ def score_groups(
     return found
 
 
+def rerank_groups(
+    graph: PruningGraph, info: CriterionInfo, scored: Sequence[ScoredGroup], ratios: Sequence[float]
+) -> list[ScoredGroup]:
+    """Order the units step by step, each time scoring what is left of the root layer, as D-Score's code does.
+
+    Args:
+        graph: the traced network.
+        info: a criterion with a pure function of the filters.
+        scored: the groups.
+        ratios: the steps.
+
+    Returns:
+        The groups with the place in the order, from 0 to 1, for a score.
+
+    Raises:
+        CriterionError: if the criterion has no such function, or a group is tied to a grouped layer.
+    """
+    if not info.function:
+        raise CriterionError(f"criterion {info.name!r} cannot score part of a layer; leave --rerank out")
+    divided = next((item.group.name for item in scored if item.group.division > 1), None)
+    if divided is not None:
+        raise CriterionError(
+            f"{divided!r} feeds a grouped layer and cannot be ranked step by step; leave --rerank out"
+        )
+    criterion = load_object(info.function)
+
+    def rescore(item: ScoredGroup, left: Tensor) -> Tensor:
+        root = next(producers(graph.depgroups[item.group.name]))
+        scores: Tensor = criterion(root.filters[left])
+        return scores
+
+    return reranked(scored, ratios, rescore)
+
+
 def build_plan(
     graph: PruningGraph, scored: Sequence[ScoredGroup], counts: Counts, made_by: Mapping[str, Any]
 ) -> Plan:
     """Write down the least important ``counts[name]`` units of each group as a plan."""
-    table, removals, rows = graph.costs, [], []
+    table, rows = graph.costs, []
     for item in scored:
         group, count = item.group, counts[item.group.name]
-        if count:
-            removals.append(ChannelRemoval(group.name, group.root_channels(item.order[:count])))
         saved = table.saving({}, group.name, count).macs
         low, high = float(item.scores.min()), float(item.scores.max())
         cut = float(item.scores[item.order[count - 1]]) if count else None
@@ -180,7 +237,7 @@ def build_plan(
     return Plan(
         fingerprint(graph.model),
         tuple(image.shape[1:]),
-        tuple(removals),
+        _removals(scored, counts),
         tuple(rows),
         (round(dense.macs), round(left.macs)),
         (round(dense.params), round(left.params)),
@@ -188,26 +245,96 @@ def build_plan(
     )
 
 
-def _meet(
-    path: Path, goal: str, amount: float, graph: PruningGraph, scored: Sequence[ScoredGroup], limits: Limits
-) -> Counts:
-    unit = goal.removeprefix("target_")
-    table = graph.costs
-    whole = getattr(table.dense, unit)
-    return meet(path, lambda counts: getattr(table.cost(counts), unit) / whole, amount, scored, limits, goal)
+def check_goals(goals: Mapping[str, float | None], allocation: str) -> tuple[str, float]:
+    """Return the one goal that is given, and its value.
 
+    Args:
+        goals: ``ratio``, ``target_macs``, ``target_params``, ``target_latency``, ``threshold``, ``max_drop``.
+        allocation: ``threshold`` and ``max_drop`` need ``"sensitivity"``.
 
-def check_goal(
-    ratio: float | None, target_macs: float | None, target_params: float | None
-) -> tuple[str, float]:
-    """Return the name and the value of the one goal that is given; raise BudgetError if there is not exactly one."""
-    goals = {"ratio": ratio, "target_macs": target_macs, "target_params": target_params}
+    Raises:
+        BudgetError: if there is not exactly one, it is out of range, or it does not go with the allocation.
+    """
+    _check_choice("allocation", allocation, ALLOCATIONS)
     given = {name: value for name, value in goals.items() if value is not None}
     if len(given) != 1:
         raise BudgetError(f"give exactly one of {', '.join(goals)}; got {' and '.join(given) or 'none'}")
     ((name, value),) = given.items()
-    check_fraction(name, value)
+    if name not in ("threshold", "max_drop"):
+        check_fraction(name, value)
+    elif not 0 < value < 100:
+        raise BudgetError(f"{name} must lie between 0 and 100 percent (exclusive), got {value:g}")
+    elif allocation != "sensitivity":
+        raise BudgetError(f"{name} needs the allocation 'sensitivity', got {allocation!r}")
     return name, value
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Finds how many units leave each group."""
+
+    graph: PruningGraph
+    scored: Sequence[ScoredGroup]
+    limits: Limits
+    sensitivity: Sensitivity | None
+    latency_batch: int
+
+    def counts(self, allocation: str, goal: str, amount: float) -> Counts:
+        """Return the units that leave each group when ``goal`` is met by an allocation of this kind."""
+        if allocation == "sensitivity":
+            return self._by_sensitivity(goal, amount)
+        path = (UniformPath if allocation == "uniform" else GlobalPath)(self.scored, self.limits)
+        return path.at(amount) if goal == "ratio" else self._meet(path, goal, amount)
+
+    def _by_sensitivity(self, goal: str, amount: float) -> Counts:
+        table = self.sensitivity
+        if table is None:
+            raise BudgetError("the allocation 'sensitivity' needs a measured table; pass sensitivity=")
+        if table.fingerprint != fingerprint(self.graph.model):
+            raise PlanError(
+                "the sensitivity table was measured on another model or other weights; measure it again"
+            )
+        path = SensitivityPath(table, self.scored, self.limits)
+        if goal not in ("threshold", "max_drop"):
+            return self._meet(path, goal, amount)
+        threshold = amount if goal == "threshold" else table.dense_top1 - amount
+        table.ratios_at(threshold)  # refuses a threshold that the table knows nothing of
+        return path.counts(threshold)
+
+    def _meet(self, path: Path, goal: str, amount: float) -> Counts:
+        if goal == "target_latency":
+            return meet_latency(path, self._latency, amount)
+        if goal == "ratio":
+            units = sum(item.group.units for item in self.scored)
+            return self._meet_share(path, lambda counts: 1 - total(counts) / units, 1 - amount, goal)
+        table, unit = self.graph.costs, goal.removeprefix("target_")
+        dense = getattr(table.dense, unit)
+        return self._meet_share(path, lambda counts: getattr(table.cost(counts), unit) / dense, amount, goal)
+
+    def _meet_share(self, path: Path, measure: Measure, share: float, goal: str) -> Counts:
+        return meet(path, measure, share, self.scored, self.limits, goal)
+
+    def _latency(self, counts: Counts) -> float:
+        """Measure what an allocation leaves of the latency: a pruned copy against the dense network, in turns."""
+        pruned = copy.deepcopy(self.graph.model)
+        inputs, batch = self.graph.example_inputs, self.latency_batch
+        remove_channels(pruned, inputs, _removals(self.scored, counts))
+        ratios = []
+        for _ in range(3):
+            dense, left = (
+                latency(net, tuple(inputs[0].shape[1:]), (batch,), min_run_time=0.15)[str(batch)]["median"]
+                for net in (self.graph.model, pruned)
+            )
+            ratios.append(left / dense)
+        return statistics.median(ratios)
+
+
+def _removals(scored: Sequence[ScoredGroup], counts: Counts) -> tuple[ChannelRemoval, ...]:
+    return tuple(
+        ChannelRemoval(item.group.name, item.group.root_channels(item.order[: counts[item.group.name]]))
+        for item in scored
+        if counts[item.group.name]
+    )
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
