@@ -7,16 +7,16 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from dscore_plugin.errors import PlanError
 from dscore_plugin.registry import load_object
+from dscore_plugin.surgery.rollback import rolled_back_on_error
 
 FORMAT_VERSION = 1
-_REMOVAL = "dscore_plugin.integrations.torch_pruning.removal:remove_channels"
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,32 @@ class ChannelRemoval:
         channels: indices of its output channels before pruning, sorted.
     """
 
+    type: ClassVar[str] = "channels"
     layer: str
     channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class InputRemoval:
+    """Channels that a channel selection no longer passes on, and the inputs of the layers behind it.
+
+    Attributes:
+        layer: qualified name of the :class:`~dscore_plugin.surgery.inputs.ChannelSelection`.
+        channels: indices of the channels in front of it, sorted.
+    """
+
+    type: ClassVar[str] = "inputs"
+    layer: str
+    channels: tuple[int, ...]
+
+
+Removal = ChannelRemoval | InputRemoval
+_REMOVALS: dict[str, type[Removal]] = {kind.type: kind for kind in (ChannelRemoval, InputRemoval)}
+# What carries each type out, in this order: DepGraph then refuses to prune a stream whose channels are selected.
+_EXECUTORS = {
+    "inputs": "dscore_plugin.surgery.inputs:remove_inputs",
+    "channels": "dscore_plugin.integrations.torch_pruning.removal:remove_channels",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,7 @@ class LayerRow:
         score_max: the highest.
         score_cut: the highest score among those that leave, None where none does.
         macs_saved: MACs that this row alone would save, the other layers left whole.
+        type: of its removal.
     """
 
     layer: str
@@ -51,6 +76,7 @@ class LayerRow:
     score_max: float | None
     score_cut: float | None
     macs_saved: int
+    type: str = ChannelRemoval.type
 
 
 @dataclass(frozen=True)
@@ -69,7 +95,7 @@ class Plan:
 
     fingerprint: str
     input_shape: tuple[int, ...]
-    removals: tuple[ChannelRemoval, ...]
+    removals: tuple[Removal, ...]
     rows: tuple[LayerRow, ...] = ()
     macs: tuple[int, int] = (0, 0)
     params: tuple[int, int] = (0, 0)
@@ -78,7 +104,7 @@ class Plan:
     def apply(
         self, model: nn.Module, example_inputs: tuple[Any, ...] | None = None, *, strict: bool = True
     ) -> nn.Module:
-        """Remove what the plan names from ``model``, in place, through DepGraph.
+        """Remove what the plan names from ``model``, in place: channels through DepGraph, inputs by selection.
 
         Args:
             model: the network that the plan was made for.
@@ -100,8 +126,12 @@ class Plan:
         if example_inputs is None:
             like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
             example_inputs = (like.new_zeros(1, *self.input_shape),)
-        pruned: nn.Module = load_object(_REMOVAL)(model, example_inputs, self.removals)
-        return pruned
+        with rolled_back_on_error(model):
+            for kind, executor in _EXECUTORS.items():
+                removals = [removal for removal in self.removals if removal.type == kind]
+                if removals or kind == ChannelRemoval.type:
+                    load_object(executor)(model, example_inputs, removals)
+        return model
 
     def removed(self, layer: str) -> tuple[int, ...]:
         """Return the channels that leave ``layer``."""
@@ -123,7 +153,7 @@ class Plan:
         if chosen and not 0 <= chosen[0] <= chosen[-1] < row.channels:
             raise PlanError(f"{layer!r} has channels 0..{row.channels - 1}; got {chosen[0]}..{chosen[-1]}")
         others = [r for r in self.removals if r.layer != layer]
-        removals = (*others, ChannelRemoval(layer, chosen)) if chosen else tuple(others)
+        removals = (*others, _REMOVALS[row.type](layer, chosen)) if chosen else tuple(others)
         return replace(self, removals=removals, macs=(self.macs[0], 0), params=(self.params[0], 0))
 
     def difference(self, other: Plan) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -154,7 +184,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        content["removals"] = [_entry(removal) for removal in self.removals]
+        content["rows"] = [_entry(row) for row in self.rows]
+        return content
 
     @staticmethod
     def load(path: str | Path) -> Plan:
@@ -176,10 +209,7 @@ class Plan:
         if version != FORMAT_VERSION:
             raise PlanError(f"expected a plan of format version {FORMAT_VERSION}, got {version!r}")
         try:
-            removals = tuple(
-                ChannelRemoval(str(r["layer"]), _indices(r["channels"], r["layer"]))
-                for r in content["removals"]
-            )
+            removals = tuple(_removal(entry) for entry in content["removals"])
             macs, params = (tuple(int(x) for x in content[key]) for key in ("macs", "params"))
             plan = Plan(
                 str(content["fingerprint"]),
@@ -190,7 +220,7 @@ class Plan:
                 (params[0], params[1]),
                 dict(content["made_by"]),
             )
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise PlanError(
                 f"the plan is damaged: {type(error).__name__} at {error}; make a new one"
             ) from error
@@ -216,8 +246,29 @@ class Plan:
         return "\n".join(lines)
 
 
+def _entry(item: Removal | LayerRow) -> dict[str, Any]:
+    """Return a removal or a row as JSON: its type is written only where it is not channels."""
+    content = {**asdict(item), "type": item.type}
+    if item.type == ChannelRemoval.type:
+        del content["type"]
+    return content
+
+
+def _removal(content: Any) -> Removal:
+    return _kind(content.get("type", ChannelRemoval.type))(
+        str(content["layer"]), _indices(content["channels"], content["layer"])
+    )
+
+
+def _kind(name: Any) -> type[Removal]:
+    if not isinstance(name, str) or name not in _REMOVALS:
+        raise PlanError(f"removals of type {name!r} are unknown; expected one of {', '.join(_REMOVALS)}")
+    return _REMOVALS[name]
+
+
 def _row(content: Any) -> LayerRow:
     row = LayerRow(**content)
+    _kind(row.type)
     numbers = (row.channels, row.macs_saved, row.score_min, row.score_max, row.score_cut)
     optional = [isinstance(number, float | int) or number is None for number in numbers[2:]]
     if not (isinstance(row.layer, str) and all(isinstance(n, int) for n in numbers[:2]) and all(optional)):

@@ -110,6 +110,12 @@ _BUILT_IN = (
         f"{_INTEGRATION}:DStepGMImportance", function="dscore_plugin.criteria.d_score:d_step_gm",
     ),
     CriterionInfo(
+        "dependency_aware", "score", "Zhao et al., Dependency-Aware Filter Pruning", "2005.02634",
+        ("channel",), "batch norm's scale times the mean weight that reads the channel (made for sparse training)",
+        f"{_INTEGRATION}:DependencyAwareImportance",
+        function="dscore_plugin.criteria.dependency_aware:dependency_aware",
+    ),
+    CriterionInfo(
         "l1", "score", "Li et al., Pruning Filters for Efficient ConvNets", "1608.08710", ("channel",),
         "group L1 norm (Torch-Pruning's)",
         f"{_TORCH_PRUNING}:GroupMagnitudeImportance", MappingProxyType({"p": 1}), baseline=True,

@@ -12,8 +12,9 @@ from torch_pruning.dependency import Group
 from dscore_plugin.criteria import d_score as d_score_criteria
 from dscore_plugin.errors import CriterionError, did_you_mean
 from dscore_plugin.integrations.torch_pruning.graph import Producer, producers
+from dscore_plugin.integrations.torch_pruning.links import linked_score
 
-__all__ = ["DScoreImportance", "DStepGMImportance", "DStepImportance"]
+__all__ = ["DScoreImportance", "DStepGMImportance", "DStepImportance", "DependencyAwareImportance"]
 
 _REDUCTIONS = ("mean", "max", "first")
 
@@ -124,6 +125,45 @@ class DStepGMImportance(FilterImportance):
     """
 
     criterion = staticmethod(d_score_criteria.d_step_gm)
+
+
+class DependencyAwareImportance(torch_pruning_importance.Importance):
+    """Dependency-aware pruning: the norm's scale times what the next layer makes of the channel.
+
+    The score is relative to the layer's maximum, as the paper's threshold is, so that ``global_pruning`` is the
+    paper's pruning: one threshold for all layers. Several consumers add up. The scales of several norms add up where
+    a residual sum feeds a consumer from all of them; of two norms in a row, the one nearer to the consumer counts.
+    A norm without learnt scales counts as 1. Ours: scales of layer and group norms count as batch norm's do, and
+    where no norm reaches a consumer the mean magnitude of a channel's own filter stands for the scale.
+
+    The paper trains for this score (:mod:`dscore_plugin.training.sparsity`); on any other network it is post hoc.
+
+    Source: arXiv 2005.02634; the pure function is ``criteria.dependency_aware.dependency_aware``.
+    """
+
+    @torch.no_grad()
+    def __call__(self, group: Group) -> Tensor | None:
+        """Score the channels of a group.
+
+        Args:
+            group: a group of DepGraph's, with all channels of its root or some of them.
+
+        Returns:
+            Scores of shape ``(len(group[0].idxs),)``, float64 on the CPU, in [0, 1] and all distinct; the lowest is
+            pruned first. None if no convolution or linear layer reads the channels.
+
+        Raises:
+            CriterionError: if weights hold NaN or infinity.
+        """
+        score = linked_score(group)
+        if score is None:
+            return None
+        largest = float(score.max())
+        if not 0 <= largest < float("inf"):
+            raise CriterionError(
+                "the weights hold NaN or infinity; no channel can be scored: check the checkpoint"
+            )
+        return score / (largest or 1.0) + _apart(largest, len(score))
 
 
 def _reduce(scored: list[tuple[Producer, Tensor]], width: int, reduction: str) -> Tensor:

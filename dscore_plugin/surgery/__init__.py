@@ -1,0 +1,1 @@
+"""Removals that DepGraph does not know."""
