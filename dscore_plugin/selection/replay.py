@@ -7,8 +7,8 @@ pass. This works for any ``forward``, since nothing but the ``forward`` of whole
 * A module that is called several times is not recorded, as its calls cannot be told apart; what contains it may be.
 * An output that is changed in place later in the pass (``relu_``, ``+=``) is recorded and replayed as a copy.
 * An output that only replayed modules would read keeps its shape, but no memory.
-* What cannot be seen from outside, such as a result that a module leaves in an attribute, shows up when a replayed
-  pass differs from a full one: see :meth:`Replay.agrees`.
+* What cannot be seen from outside shows up when a replayed pass differs from a full one (:meth:`Replay.agrees`): a
+  result that a module leaves in an attribute, or an input that it changes in place and that others read again.
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ class Prefix:
         replaced: the largest modules in it that can be replayed; none of them contains another.
         kept: those of them whose outputs the rest of the network reads.
         stop: the module that begins next; None where nothing can be replayed.
+        start: when that is, to sort prefixes by: the number of starts and ends of modules so far.
         bytes_per_image: memory for the outputs that are kept.
         macs_behind: estimate of the multiply-accumulates of one image in the rest of the network.
     """
@@ -150,6 +151,7 @@ class Prefix:
     replaced: tuple[nn.Module, ...]
     kept: frozenset[nn.Module]
     stop: nn.Module | None
+    start: int
     bytes_per_image: int
     macs_behind: int
 
@@ -197,14 +199,16 @@ class Replay:
         """
         first = self._first_call(changed)
         if first is None:
-            return Prefix((), frozenset(), None, 0, self._macs_behind(0))
+            return Prefix((), frozenset(), None, 0, 0, self._macs_behind(0))
         ended = {call for call in self._once if call.end < first.start}
         outermost = [call for call in self._calls if call in ended and not call.within(ended)]
         kept = self._read(outermost)
         size = sum(call.copy.nbytes for call in kept if call.copy is not None) // len(self._example)
         replaced = tuple(call.module for call in outermost)
-        macs = self._macs_behind(first.start)
-        return Prefix(replaced, frozenset(call.module for call in kept), first.module, size, macs)
+        kept_modules = frozenset(call.module for call in kept)
+        return Prefix(
+            replaced, kept_modules, first.module, first.start, size, self._macs_behind(first.start)
+        )
 
     def record(self, prefix: Prefix, images: Tensor, earlier: Recording | None = None) -> Recording:
         """Run the prefix on a batch and keep its outputs.

@@ -9,7 +9,6 @@ import copy
 import csv
 import hashlib
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,8 @@ from dscore_plugin.plan import fingerprint
 from dscore_plugin.selection.allocation import Counts, Limits
 from dscore_plugin.selection.folding import fold_batchnorm as folded_copy
 from dscore_plugin.selection.journal import Journal
-from dscore_plugin.selection.measurement import Correct, Curve, Measurement, first_images
+from dscore_plugin.selection.measurement import Correct, Measurement, first_images
+from dscore_plugin.selection.processes import Processes
 from dscore_plugin.training.evaluation import require_images
 from dscore_plugin.training.progress import NoProgress, Progress
 
@@ -309,7 +309,7 @@ def sensitivity_analysis(
     require_images(images)
     ratios = check_ratios(ratios)
     _check_options(scored, batch_size, memory_limit, early_exit)
-    processes = _Processes()
+    processes = Processes()
     images = images.plain()
     table = Sensitivity(
         dense_top1=0.0,
@@ -324,7 +324,7 @@ def sensitivity_analysis(
         fold_batchnorm=fold_batchnorm,
     )
     journal = Journal(checkpoint) if checkpoint else None
-    known = processes.begin(journal, _identity(table, images), resume)
+    known = _known(processes, journal, _identity(table, images), resume)
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.autocast(device.type, enabled=False):
@@ -334,13 +334,13 @@ def sensitivity_analysis(
         ]
         dense = measurement.dense()
         table = replace(table, dense_top1=100 * dense / len(images))
-        mine = processes.share(curves)
+        mine = processes.share(curves, lambda curve: curve.cost)
         shown = progress if progress and processes.index == 0 else NoProgress()
         with shown.task(
             "sensitivity", sum(len(c.counts) for c in mine) * -(-len(images) // batch_size)
         ) as bar:
             measurement.run(mine, known, _recording(journal), _hopeless(table), bar)
-    correct = processes.gather({curve.name: {0: dense, **curve.correct} for curve in mine})
+    correct = dict(processes.gather([(curve.name, {0: dense, **curve.correct}) for curve in mine]))
     layers = {item.group.name: _cells(item, ratios, correct[item.group.name], len(images)) for item in scored}
     return replace(table, layers=layers)
 
@@ -404,12 +404,8 @@ def _prepare(
     """Copy the network into the form that is fastest to evaluate."""
     copied = copy.deepcopy(model).float().eval()
     if fold_batchnorm:
-        place = next(copied.parameters())
-        copied = folded_copy(
-            copied, torch.stack([images[i][0] for i in range(min(2, len(images)))]).to(place)
-        )
-    # nn.Module.to converts all that has four dimensions, and only that
-    copied = copied.to(memory_format=torch.channels_last)  # what has four dimensions
+        copied = folded_copy(copied, first_images(images, 2)[0].to(next(copied.parameters())))
+    copied = copied.to(memory_format=torch.channels_last)  # converts what has four dimensions, and only that
     return Measurement(copied, images, batch_size, memory_limit)
 
 
@@ -437,6 +433,18 @@ def _hopeless(table: Sensitivity) -> Callable[[int, int], bool]:
     return lambda correct, left: 100 * (correct + left) / table.images < table.floor - _EQUAL
 
 
+def _known(
+    processes: Processes, journal: Journal | None, identity: Mapping[str, Any], resume: bool
+) -> dict[tuple[str, int, int], Correct]:
+    """Open the journal, in one process for all, and read what was measured before."""
+    if journal is None:
+        return {}
+    return {
+        (record["layer"], *record["images"]): {int(count): n for count, n in record["correct"].items()}
+        for record in processes.once(lambda: journal.begin(identity, resume))
+    }
+
+
 def _recording(journal: Journal | None) -> Callable[[str, int, int, Correct], None]:
     def record(layer: str, start: int, stop: int, correct: Correct) -> None:
         if journal:
@@ -453,67 +461,3 @@ def _cells(
         ratio_key(ratio): 100 * correct[count] / images if count in correct else None
         for ratio, count in zip(ratios, counts, strict=True)
     }
-
-
-class _Processes:
-    """The processes of one launch; a single one where there was none."""
-
-    def __init__(self) -> None:
-        from accelerate import PartialState
-
-        state = PartialState()
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if state.num_processes != launched:  # each would measure everything
-            raise ModelError(
-                f"{launched} processes were launched but accelerate works with {state.num_processes}; on CPUs set "
-                "ACCELERATE_USE_CPU=true before accelerate starts"
-            )
-        self.index: int = state.process_index
-        self.number: int = state.num_processes
-
-    def begin(
-        self, journal: Journal | None, identity: Mapping[str, Any], resume: bool
-    ) -> dict[tuple[str, int, int], Correct]:
-        """Let the first process open the journal, and tell all what it holds, or what is wrong with it."""
-        if journal is None:
-            return {}
-        answer: list[Any] = [None]
-        if self.index == 0:
-            try:
-                answer = [journal.begin(identity, resume)]
-            except ArtifactError as error:
-                answer = [error]
-        if self.number > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(answer)
-        if isinstance(answer[0], ArtifactError):
-            raise answer[0]
-        return {
-            (record["layer"], *record["images"]): {int(c): n for c, n in record["correct"].items()}
-            for record in answer[0]
-        }
-
-    def share(self, curves: Sequence[Curve]) -> list[Curve]:
-        """Return this process's curves: the dearest first, always to the process that has least to do."""
-        loads, mine = [0] * self.number, []
-        for curve in sorted(curves, key=lambda curve: -_cost(curve)):
-            least = loads.index(min(loads))
-            loads[least] += _cost(curve)
-            if least == self.index:
-                mine.append(curve)
-        return mine
-
-    def gather(self, correct: dict[str, Correct]) -> dict[str, Correct]:
-        """Return the answers of all processes."""
-        if self.number == 1:
-            return correct
-        from accelerate.utils import gather_object
-
-        return dict(pair for pair in gather_object(list(correct.items())))
-
-
-def _cost(curve: Curve) -> int:
-    """Estimate the multiply-accumulates of a curve, for one image."""
-    assert curve.prefix is not None
-    return curve.prefix.macs_behind * len(curve.counts)
