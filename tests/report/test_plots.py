@@ -72,7 +72,9 @@ def test_no_label_covers_another_or_the_curves(tmp_path: Path, drawn: list[Any],
     plot_sensitivity(falling(layers), tmp_path / "sensitivity")
     (figure,) = drawn
     (axes,) = figure.axes
-    renderer = FigureCanvasAgg(figure).get_renderer()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
     boxes = [text.get_window_extent(renderer) for text in axes.get_legend().get_texts()]
     assert len(boxes) == layers + 1
     assert all(box.x0 > axes.get_window_extent(renderer).x1 for box in boxes)
