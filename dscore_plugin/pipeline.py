@@ -22,6 +22,7 @@ from dscore_plugin.plan import Plan
 from dscore_plugin.planning import GOALS, check_goals, plan_pruning, rerank_groups, score_groups
 from dscore_plugin.registry import get_criterion
 from dscore_plugin.report.numbers import count, file_sizes, latency
+from dscore_plugin.report.plots import plot_sensitivity
 from dscore_plugin.report.tables import report_markdown
 from dscore_plugin.selection.sensitivity import RATIOS, Sensitivity, check_ratios, sensitivity_analysis
 from dscore_plugin.training.config import TrainingConfig
@@ -255,8 +256,6 @@ def run_sensitivity(
     Raises:
         DScoreError: on bad input, before any work starts.
     """
-    from dscore_plugin.report.plots import plot_sensitivity
-
     ensure_writable(out, force)
     get_criterion(choice.criterion)
     check_ratios(choice.analysis.ratios)
@@ -278,7 +277,7 @@ def run_sensitivity(
     if PartialState().is_main_process:
         with atomic_folder(out, force) as folder:
             table.save(folder)
-            plot_sensitivity(table, folder / "sensitivity.png", folder / "sensitivity.svg")
+            plot_sensitivity(table, folder / "sensitivity")
         shutil.rmtree(work)
         say(f"saved {out}: sensitivity.json, .csv, .png, .svg")
     return table

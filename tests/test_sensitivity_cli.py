@@ -70,7 +70,7 @@ def test_the_analysis_writes_a_table_and_its_picture(table: Path) -> None:
     content = json.loads(table.read_text())
     assert content["images"] == 120
     assert content["protocol"] == "validation"
-    assert set(content["layers"]) == {"features.0", "features.3", "features.7"}
+    assert set(content["layers"]) == {"features.0", "features.3", "features.7", "features.10"}
     cells = content["layers"]["features.0"]
     assert list(cells) == [f"{step / 20:.2f}" for step in range(1, 20)]
     assert all(0 <= top1 <= 100 for top1 in cells.values())
