@@ -140,7 +140,7 @@ def test_prune_measures_the_table_itself(weights: Path, tmp_path: Path) -> None:
         (["--allocation", "sensitivity", "--threshold", 99.99], "dense accuracy"),
         (["--allocation", "uniform", "--threshold", 90], "needs the allocation 'sensitivity'"),
         (["--allocation", "sensitivity", "--threshold", 101], "between 0 and 100"),
-        (["--target-macs", 0.3, "--min-channels", 14], "the nearest is"),
+        (["--target-macs", 0.05, "--min-channels", 14], "the nearest is"),
         (["--ratios", "0.1,x", "--ratio", 0.5], "no list of numbers"),
         (["--ratios", "0.1,1.5", "--ratio", 0.5], "between 0 and 1"),
     ],
