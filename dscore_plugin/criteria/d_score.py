@@ -7,10 +7,17 @@ Zero weights count for neither sign, biases and norms are ignored, ties go to th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from dscore_plugin.errors import CriterionError
+
+_NOT_FINITE = "the weights hold NaN or infinity; no filter can be ranked: check the checkpoint"
+_SMALL = 2**18  # differences in the distances of a layer, up to which exactness costs nothing
+_CACHED = 2**18  # weights that are looked at together
 
 
 def d_score(weight: Tensor) -> Tensor:
@@ -72,7 +79,10 @@ def d_step_gm(weight: Tensor) -> Tensor:
     Source: arXiv 2308.04470, sec. 3.1.
     """
     filters = as_filters(weight)
-    return _step_order(summed_distances(filters.clamp(min=0)), summed_distances(filters.clamp(max=0)))
+    signs = filters.new_empty(2, *filters.shape)
+    torch.clamp(filters, min=0, out=signs[0])
+    torch.clamp(filters, max=0, out=signs[1])
+    return _step_order(*summed_distances(signs))
 
 
 def signed_mass(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,51 +92,56 @@ def signed_mass(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight: filters along dim 0, shape ``(n, ...)``; any float dtype.
 
     Returns:
-        Two tensors of shape ``(n,)``, float32. Added up in float64, so that the order of summation breaks no tie.
+        Two tensors of shape ``(n,)``, float64; the order of summation breaks no tie.
 
     Raises:
         CriterionError: if ``weight`` has fewer than two dimensions or holds NaN or infinity.
     """
-    filters = as_filters(weight)
-    plus = filters.clamp(min=0).sum(dim=1, dtype=_wide(filters)).float()
-    minus = filters.clamp(max=0).sum(dim=1, dtype=_wide(filters)).neg().float()
+    filters, wide = as_filters(weight), _wide(weight)
+    plus, minus = torch.empty(2, len(filters), dtype=wide, device=filters.device)
+    for here in _cached_rows(*filters.shape):
+        plus[here] = filters[here].clamp(min=0).sum(dim=1, dtype=wide)
+        minus[here] = filters[here].clamp(max=0).sum(dim=1, dtype=wide).neg()
     if not torch.isfinite(plus + minus).all():
-        raise CriterionError(
-            "the weights hold NaN or infinity; no filter can be ranked: check the checkpoint"
-        )
-    return plus, minus
+        raise CriterionError(_NOT_FINITE)
+    return _settled(plus), _settled(minus)
 
 
-def summed_distances(points: Tensor, tile: int = 128) -> Tensor:
-    """Add up each point's Euclidean distances to all points.
+def summed_distances(points: Tensor, tile: int = 96) -> Tensor:
+    """Add up each point's Euclidean distances to all points of its set.
 
-    The matrix of distances is symmetric: only its upper tiles are computed, each from a Gram matrix.
+    The matrix of distances is symmetric: only its upper tiles are computed, each from a Gram matrix in the precision
+    of ``points``. Small layers are taken in float64 and difference by difference, which costs nothing there.
 
     Args:
-        points: shape ``(n, d)``, float32 or float64.
+        points: sets of points, shape ``(b, n, d)``, float32 or float64.
         tile: rows of one tile.
 
     Returns:
-        Shape ``(n,)``, float32; each distance and the sums are taken in at least the precision of ``points``.
+        Shape ``(b, n)``, float64; the order of summation breaks no tie.
 
     Raises:
         CriterionError: if ``points`` holds NaN or infinity.
     """
-    square = points.square().sum(dim=1)
-    if not torch.isfinite(square).all():
-        raise CriterionError(
-            "the weights hold NaN or infinity; no filter can be ranked: check the checkpoint"
-        )
-    total = torch.zeros(len(points), dtype=_wide(points), device=points.device)
-    for start in range(0, len(points), tile):
+    sets, n, _ = points.shape
+    if n * points.numel() <= _SMALL:
+        points = _moderate(points.to(_wide(points)))
+        return _settled(torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=2))
+    square = _squared_norms(points)
+    if not 2.0**-64 < float(square.amax()) < 2.0**64:
+        points = _moderate(points)
+        square = _squared_norms(points)
+    total = torch.zeros(sets, n, dtype=_wide(points), device=points.device)
+    for start in range(0, n, tile):
         # one tile of rows against everything to its right, in place: it stays in the cache
-        rows = slice(start, start + tile)
-        distance = torch.addmm(square[start:], points[rows], points[start:].T, alpha=-2)
-        distance.add_(square[rows, None]).clamp_(min=0).sqrt_()
-        distance[:, :tile].fill_diagonal_(0)  # rounding leaves a filter at a small distance from itself
-        total[rows] += distance.sum(dim=1, dtype=total.dtype)
-        total[start + tile :] += distance[:, tile:].sum(dim=0, dtype=total.dtype)
-    return total.float()
+        end = start + tile
+        right = points[:, start:].transpose(1, 2)
+        distance = torch.baddbmm(square[:, None, start:], points[:, start:end], right, alpha=-2)
+        distance.add_(square[:, start:end, None]).clamp_(min=0).sqrt_()
+        distance.diagonal(dim1=1, dim2=2).zero_()  # rounding leaves a filter at a small distance from itself
+        total[:, start:end] += distance.sum(dim=2, dtype=total.dtype)
+        total[:, end:] += distance[:, :, tile:].sum(dim=1, dtype=total.dtype)
+    return _settled(total)
 
 
 def rank(values: Tensor) -> Tensor:
@@ -153,6 +168,36 @@ def as_filters(weight: Tensor) -> Tensor:
         )
     flat = weight.detach().flatten(1)
     return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+
+
+def _cached_rows(n: int, d: int) -> Iterator[slice]:
+    """Cut ``n`` rows of length ``d`` into parts whose copies stay in the cache."""
+    rows = max(1, _CACHED // max(1, d))
+    return (slice(start, start + rows) for start in range(0, n, rows))
+
+
+def _squared_norms(points: Tensor) -> Tensor:
+    square = points.new_empty(points.shape[:2])
+    for here in _cached_rows(*points.shape[1:]):
+        square[:, here] = points[:, here].square().sum(dim=2)
+    return square
+
+
+def _moderate(points: Tensor) -> Tensor:
+    """Scale by a power of two, so that no square overflows or vanishes: it changes no order and rounds nothing."""
+    largest = float(points.abs().amax()) if points.numel() else 0.0
+    if not math.isfinite(largest):
+        raise CriterionError(_NOT_FINITE)
+    factor = torch.tensor(-math.frexp(largest)[1], device=points.device)
+    return torch.ldexp(points.to(_wide(points)), factor).to(points.dtype)
+
+
+def _settled(sums: Tensor) -> Tensor:
+    """Round float64 to 34 bits: finer than the weights, coarser than what the order of summation changes."""
+    if sums.dtype != torch.float64:
+        return sums
+    spread = sums * (2.0**19 + 1)  # Veltkamp's splitting
+    return spread - (spread - sums)
 
 
 def _wide(values: Tensor) -> torch.dtype:

@@ -72,7 +72,7 @@ class FilterImportance(torch_pruning_importance.Importance):
             layers = layers[:1]
         width = len(group[0].idxs)
         score = _reduce([(layer, self.score(layer)) for layer in layers], width, self.group_reduction)
-        mass = sum(float(layer.filters.float().abs().mean()) for layer in layers) / len(layers)
+        mass = sum(_mean_magnitude(layer.filters) for layer in layers) / len(layers)
         return score + _apart(mass, width)
 
     def score(self, layer: Producer) -> Tensor:
@@ -81,7 +81,16 @@ class FilterImportance(torch_pruning_importance.Importance):
         return scores if layer.index is None else scores[layer.index]
 
 
-class DScoreImportance(FilterImportance):
+class RankImportance(FilterImportance):
+    """The base of criteria whose scores are ranks: multiples of ``1 / (2 (n - 1))``, ``n`` the layer's width."""
+
+    def score(self, layer: Producer) -> Tensor:
+        """Score as the base does, but without the rounding of float32, so that equal sums over layers stay equal."""
+        steps = max(1, 2 * (len(layer.filters) - 1))
+        return (super().score(layer) * steps).round() / steps
+
+
+class DScoreImportance(RankImportance):
     """D-Score: the ranks of a filter's positive and of its negative mass, added.
 
     The score is a rank within the layer, over the layer's width. Under ``global_pruning`` it compares "the 3rd
@@ -97,7 +106,7 @@ class DScoreImportance(FilterImportance):
     criterion = staticmethod(d_score_criteria.d_score)
 
 
-class DStepImportance(FilterImportance):
+class DStepImportance(RankImportance):
     """D-Step: the position at which a filter enters the growing buffers of both signs.
 
     The score is a position in the layer's order, over its width; under ``global_pruning`` it therefore asks
@@ -112,7 +121,7 @@ class DStepImportance(FilterImportance):
     criterion = staticmethod(d_score_criteria.d_step)
 
 
-class DStepGMImportance(FilterImportance):
+class DStepGMImportance(RankImportance):
     """D-Step GM: D-Step on summed distances to the layer's filters, for each sign.
 
     The score is a position in the layer's order, over its width; under ``global_pruning`` it therefore asks
@@ -182,5 +191,11 @@ def _reduce(scored: list[tuple[Producer, Tensor]], width: int, reduction: str) -
 
 
 def _apart(mass: float, width: int) -> Tensor:
-    # Different scores of layers n and m wide differ by at least 1 / (4 n m), 1.5e-8 at 4,096 each.
-    return 1e-9 * mass / (1 + mass) + 1e-11 * torch.arange(width, dtype=torch.float64) / width
+    # Different scores of layers n and m wide differ by at least 1 / (4 n m), 1.5e-8 at 4,096 each. What sets equal
+    # ones apart must stay far above float64's 1e-16, or large networks still hold equal scores.
+    return 1e-8 * (1 - 1 / (1 + mass)) + 1e-9 * torch.arange(width, dtype=torch.float64) / width
+
+
+def _mean_magnitude(filters: Tensor) -> float:
+    wide = torch.promote_types(filters.dtype, torch.float32)
+    return float(filters.to(wide).abs().mean())
