@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dscore_plugin.criteria.dependency_aware import TRAINING_THRESHOLD
 from dscore_plugin.errors import ArtifactError, DScoreError
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 _STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1)))  # neighbours in depth have similar colours: their dashes differ
 _MARKERS = ("o", "s", "^", "D", "v")  # for the most sensitive
 _THRESHOLD_COLOUR = "#d55e00"  # vermilion of the palette of Okabe and Ito
+_BLUE = "#0072b2"  # of the same palette
 _LEGEND_ROWS = 34
 _SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "dscore-plugin", "font.size": 9}
 
@@ -49,6 +52,53 @@ def plot_sensitivity(
         _draw_layers(axes, sensitivity, matplotlib.colormaps["viridis"])
         _draw_lines(axes, sensitivity, threshold)
         _label(axes, sensitivity, columns)
+        return _save(figure, Path(path))
+
+
+def plot_sparsity(
+    rows: Sequence[Mapping[str, float]], path: str | Path, *, threshold: float = TRAINING_THRESHOLD
+) -> tuple[Path, Path]:
+    """Draw how a sparsity training steered itself: the sparsity against its target, and lambda below it.
+
+    Args:
+        rows: for each epoch ``lambda``, ``sparsity`` after it and ``target``.
+        path: of the pictures, without ending; ``.png`` and ``.svg`` are appended.
+        threshold: below which a channel counted as near zero, relative to its layer's maximum.
+
+    Returns:
+        The paths of the PNG and of the SVG.
+
+    Raises:
+        DScoreError: if matplotlib is not installed.
+        ArtifactError: if the pictures cannot be written.
+    """
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context(_SETTINGS):
+        figure = import_module("matplotlib.figure").Figure(figsize=(6.4, 4.6))
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        epochs = range(1, len(rows) + 1)
+        marker = "o" if len(rows) <= 40 else None
+        shares = [100 * row["sparsity"] for row in rows]
+        above.plot(epochs, shares, color=_BLUE, marker=marker, markersize=4, label="sparsity", clip_on=False)
+        above.plot(
+            epochs,
+            [100 * row["target"] for row in rows],
+            color=_THRESHOLD_COLOUR,
+            linestyle=(0, (6, 3)),
+            label="target",
+        )
+        above.set_title("sparsity training that steers itself", fontsize=10)
+        above.set_ylabel(f"channels below {threshold:g}\nof their layer's maximum (%)")
+        above.set_ylim(0, 100)
+        above.legend(frameon=False)
+        below.step(epochs, [row["lambda"] for row in rows], where="mid", color=_BLUE)
+        below.set_ylabel("lambda of the epoch")
+        below.set_ylim(bottom=0)
+        below.set_xlabel("epoch")
+        below.xaxis.get_major_locator().set_params(integer=True)
+        for axes in (above, below):
+            axes.grid(color="0.9", linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
         return _save(figure, Path(path))
 
 

@@ -66,6 +66,8 @@ def input_groups(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Cha
         ModelError: if the network does not run, or something else than a convolution without groups or a linear
             layer reads a selection's output.
     """
+    if not any(isinstance(module, ChannelSelection) for module in model.modules()):
+        return ()
     groups = []
     for name, readers in _readers(model, example_inputs).items():
         if not len(model.get_submodule(name).selected):  # type: ignore[arg-type]

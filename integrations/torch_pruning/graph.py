@@ -22,6 +22,7 @@ from dscore_plugin.costs import Cost, CostTable, CostTerm
 from dscore_plugin.errors import CriterionError, ModelError
 from dscore_plugin.groups import ChannelGroup, Member, Role, ScoredGroup
 from dscore_plugin.integrations.torch_pruning.counting import CallRecorder, count, shares_one_weight
+from dscore_plugin.surgery.inputs import input_groups
 
 _NORMS = {ops.OPTYPE.BN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.IN, ops.OPTYPE.PRELU}
 _LAYERS = {ops.OPTYPE.CONV, ops.OPTYPE.LINEAR, ops.OPTYPE.EMBED, ops.OPTYPE.MHA, ops.OPTYPE.LSTM}
@@ -127,6 +128,11 @@ class PruningGraph:
         return tuple(group for group in self.groups if not group.protected)
 
     @cached_property
+    def inputs(self) -> tuple[ChannelGroup, ...]:
+        """The inputs that can leave behind channel selections; DepGraph knows nothing of them."""
+        return input_groups(self.model, self.example_inputs)
+
+    @cached_property
     def costs(self) -> CostTable:
         """The table of MACs and parameters; it agrees with Torch-Pruning's counter on the dense network."""
         total = Cost(*count(self.model, self.example_inputs))
@@ -134,7 +140,7 @@ class PruningGraph:
         sizes = {name: self.model.get_parameter(name).numel() for name in sorted(bare)}
         terms = [*self._terms, *(CostTerm(name, 0, Cost(), Cost(0, size)) for name, size in sizes.items())]
         counted = sum((term.total for term in terms), Cost())
-        return CostTable(terms, self.groups, fixed=total - counted)
+        return CostTable(terms, (*self.groups, *self.inputs), fixed=total - counted)
 
     def score(self, group: ChannelGroup, importance: Callable[[Group], Tensor | None]) -> ScoredGroup | None:
         """Score one of the groups with an importance object; the channels of a unit are averaged.

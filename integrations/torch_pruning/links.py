@@ -137,7 +137,7 @@ def _scale(item: GroupItem) -> Tensor:
     return weight.flatten(1).mean(dim=1)
 
 
-def scored_layers(graph: PruningGraph, inputs: Sequence[ChannelGroup] = ()) -> tuple[ScoredLayer, ...]:
+def scored_layers(graph: PruningGraph) -> tuple[ScoredLayer, ...]:
     """Find what the paper scores: batch norms that alone feed the layers behind them.
 
     The channels of a residual stream are left out, as in the paper, and so is everything without batch norm.
@@ -145,7 +145,6 @@ def scored_layers(graph: PruningGraph, inputs: Sequence[ChannelGroup] = ()) -> t
 
     Args:
         graph: the traced network.
-        inputs: the groups of :func:`dscore_plugin.surgery.inputs.input_groups`.
 
     Returns:
         The layers in the network's order of groups, the inputs last.
@@ -159,7 +158,7 @@ def scored_layers(graph: PruningGraph, inputs: Sequence[ChannelGroup] = ()) -> t
     fed = {
         names[link.consumer.dep.target.module]: link for g in graph.depgroups.values() for link in links(g)
     }
-    for group in inputs:
+    for group in graph.inputs:
         behind = [fed[member.module] for member in group.members if member.module in fed]
         if len(behind) == len(group.members) and (layer := _scored_group(group, behind, names)):
             found.append(layer)

@@ -97,7 +97,7 @@ def test_the_groups_are_the_blocks_inputs():
 
 def test_what_the_paper_scores_in_a_pre_activation_network():
     model = network()
-    found = scored_layers(PruningGraph(model, (IMAGE,)), input_groups(model, (IMAGE,)))
+    found = scored_layers(PruningGraph(model, (IMAGE,)))
     pairs = {(layer.norm, layer.consumers) for layer in found}
     assert pairs == {
         (f"layer{stage}.{block}.bn{n}", (f"layer{stage}.{block}.conv{n}",))

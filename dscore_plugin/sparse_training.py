@@ -1,0 +1,363 @@
+"""Training runs: a dense network, or the whole of dependency-aware pruning: train sparse, prune, train again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dscore_plugin.artifact import save_pruned
+from dscore_plugin.criteria.dependency_aware import (
+    MIN_CHANNELS,
+    TRAINING_THRESHOLD,
+    final_threshold,
+    survivors,
+)
+from dscore_plugin.datasets import ImageData
+from dscore_plugin.errors import BudgetError, TrainingError, did_you_mean
+from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write_json
+from dscore_plugin.groups import ScoredGroup
+from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
+from dscore_plugin.integrations.torch_pruning.links import scored_layers
+from dscore_plugin.pipeline import Say, Source, _measure, _open_work
+from dscore_plugin.plan import InputRemoval, Plan
+from dscore_plugin.planning import build_plan
+from dscore_plugin.report.numbers import file_sizes
+from dscore_plugin.report.plots import plot_sparsity
+from dscore_plugin.report.tables import report_markdown
+from dscore_plugin.training.config import TrainingConfig
+from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm
+from dscore_plugin.training.history import TrainingResult
+from dscore_plugin.training.loop import train
+from dscore_plugin.training.progress import NoProgress, Progress
+from dscore_plugin.training.sparsity import DependencyAwareRegularizer, ScoredLayer
+
+METHODS = ("dependency_aware",)
+
+
+@dataclass(frozen=True)
+class SparsityGoal:
+    """Where a sparsity training shall end, and how it gets there.
+
+    Attributes:
+        target: share of the scored channels to remove, in (0, 1).
+        training: of the sparse phase.
+        method: ``"dependency_aware"``.
+        delta: step of lambda; None scales the paper's to the number of epochs.
+        threshold: what counts as near zero while training, relative to a layer's maximum.
+        min_channels: that every layer keeps at least.
+    """
+
+    target: float
+    training: TrainingConfig
+    method: str = METHODS[0]
+    delta: float | None = None
+    threshold: float = TRAINING_THRESHOLD
+    min_channels: int = MIN_CHANNELS
+
+    def check(self) -> None:
+        """Refuse what can be refused without a model; raise a DScoreError."""
+        if self.method not in METHODS:
+            hint = did_you_mean(self.method, METHODS)
+            raise TrainingError(
+                f"sparsity training {self.method!r} is unknown; expected {' or '.join(METHODS)}{hint}"
+            )
+        if not 0 < self.target < 1:
+            raise BudgetError(f"target must lie between 0 and 1 (exclusive), got {self.target:g}")
+        if self.min_channels < 1 or not 0 < self.threshold < 1:
+            raise BudgetError(
+                f"expected min_channels >= 1 and a threshold between 0 and 1, got {self.min_channels} and "
+                f"{self.threshold:g}"
+            )
+        if self.delta is not None and not 0 < self.delta < float("inf"):
+            raise TrainingError(f"delta must be a number > 0, got {self.delta:g}")
+
+
+def paper_schedule(epochs: int = 160, **options: Any) -> tuple[TrainingConfig, TrainingConfig]:
+    """Return the paper's two phases on CIFAR: the sparse training and the retraining.
+
+    Both run stochastic gradient descent with momentum 0.9, weight decay 1e-4 and batches of 64 from a learning rate
+    of 0.1; it stays constant in the sparse phase (as in the published code) and falls to a tenth after one half and
+    after three quarters of the retraining. For SVHN the paper takes 40 epochs, with steps after 20 and 30.
+
+    Args:
+        epochs: of each phase; the paper's 160.
+        **options: other fields of both, such as ``seed`` or ``precision``.
+
+    Raises:
+        TrainingError: if an option is out of range.
+    """
+    sparse = TrainingConfig(
+        epochs,
+        **{"learning_rate": 0.1, "weight_decay": 1e-4, "batch_size": 64, "schedule": "constant", **options},
+    )
+    milestones = tuple(sorted({epochs // 2, epochs * 3 // 4} - {0}))
+    if not milestones:
+        return sparse, sparse
+    return sparse, replace(sparse, schedule="steps", milestones=milestones)
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything that ``dscore train`` is asked to do.
+
+    Attributes:
+        source: network, images, and the weights to begin with, if not random ones.
+        training: of the dense network; with a sparsity goal, of the retraining after the removal.
+        out: the folder of the result.
+        sparsity: None trains a dense network.
+        force: replace an existing result.
+        resume: go on with an interrupted run.
+        command: the command line, for the report.
+    """
+
+    source: Source
+    training: TrainingConfig
+    out: Path
+    sparsity: SparsityGoal | None = None
+    force: bool = False
+    resume: bool = False
+    command: str = ""
+
+    @property
+    def work(self) -> Path:
+        """Where checkpoints lie until the result is complete."""
+        return self.out.with_name(self.out.name + ".work")
+
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted run and its continuation must have in common."""
+        content = asdict(self)
+        for key in ("force", "resume", "command", "out"):
+            del content[key]
+        return content
+
+
+def run_train(job: TrainJob, progress: Progress | None = None, say: Say = lambda _: None) -> dict[str, Any]:
+    """Train a network, dense or towards sparsity, and save it.
+
+    A dense run leaves ``model.safetensors``, ``history.json`` and ``metrics.json``. A sparse run leaves an artifact
+    for :func:`dscore_plugin.load_pruned`, and in it ``sparsity.json``, ``.png`` and ``.svg`` (the trajectory) and
+    ``history.json`` (the retraining).
+
+    Args:
+        job: what to do.
+        progress: shows bars.
+        say: takes a line of news now and then.
+
+    Returns:
+        The content of ``metrics.json``. A dense run has ``dense``; a sparse one has ``dense`` (after the sparse
+        training), ``pruned``, ``recalibrated``, ``finetuned`` (after the retraining), each with ``top1`` in percent,
+        ``macs``, ``params`` and ``latency_ms``, and ``sparsity``: ``target``, ``reached``, ``threshold``, ``removed``.
+
+    Raises:
+        DScoreError: on bad input, before any work starts; or if the work fails, with what was finished kept.
+    """
+    shown = progress or NoProgress()
+    ensure_writable(job.out, job.force)
+    if job.sparsity is not None:
+        job.sparsity.check()
+    data = job.source.load_images()
+    model = job.source.build(data)
+    graph = PruningGraph(model, (_example(model, data),)) if job.sparsity else None
+    layers = scored_layers(graph) if graph else ()
+    regularizer = _regularizer(model, layers, job.sparsity) if job.sparsity else None
+    _open_work(job, say)  # type: ignore[arg-type]
+    if job.sparsity is None:
+        return _train_dense(job, model, data, shown, say)
+
+    sparse = _train(job, model, data, "sparse", job.sparsity.training, shown, regularizer)
+    metrics: dict[str, Any] = {"dense": _measure(model, data, shown)}
+    say(f"trained towards sparsity: {_last(sparse)}, top-1 {metrics['dense']['top1']:.2f} %")
+    if sparse.final.regularizer["sparsity"] < job.sparsity.target - 0.05:
+        say(
+            "the sparsity is short of its target: train longer, or raise delta; the plan takes the target anyway"
+        )
+    plan, metrics["sparsity"] = plan_sparsity(
+        model, (_example(model, data),), job.sparsity.target, min_channels=job.sparsity.min_channels
+    )
+    metrics["sparsity"]["reached"] = sparse.final.regularizer["sparsity"]
+    plan.save(job.work / "plan.json")
+    say(str(plan))
+    plan.apply(model)
+    metrics["pruned"] = _measure(model, data, shown)
+    recalibrate_batchnorm(model, data.train.plain())
+    metrics["recalibrated"] = {**metrics["pruned"], "top1": evaluate(model, data.test, progress=shown).top1}
+    retrained = _train(job, model, data, "retrain", job.training, shown)
+    metrics["finetuned"] = {**metrics["pruned"], "top1": evaluate(model, data.test, progress=shown).top1}
+    if PartialState().is_main_process:
+        _save(job, model, data, plan, metrics, sparse, retrained)
+        shutil.rmtree(job.work)
+        say(f"saved {job.out}; load it with dscore_plugin.load_pruned({str(job.out)!r})")
+    return metrics
+
+
+def plan_sparsity(
+    model: nn.Module, example_inputs: tuple[Any, ...], target: float, *, min_channels: int = MIN_CHANNELS
+) -> tuple[Plan, dict[str, float]]:
+    """Choose what leaves a network by one threshold for all scored layers, as the paper does after its training.
+
+    Works on any network with batch norm, trained towards sparsity or not. Only what the paper scores can leave:
+    channels that one batch norm alone passes on, and the inputs behind channel selections.
+
+    Args:
+        model: the network, left as it is.
+        example_inputs: the arguments of one forward pass.
+        target: share of the scored channels to remove, in (0, 1).
+        min_channels: that every layer keeps at least; the share that leaves may fall short of the target for it.
+
+    Returns:
+        The plan, and ``{"target", "threshold", "removed"}``: the share asked for, the threshold relative to each
+        layer's maximum that gives it, and the share that leaves.
+
+    Raises:
+        BudgetError: if the target is out of range.
+        ModelError: if the model cannot be traced.
+        TrainingError: if nothing can be scored.
+    """
+    if not 0 < target < 1:
+        raise BudgetError(f"target must lie between 0 and 1 (exclusive), got {target:g}")
+    graph = PruningGraph(model, example_inputs)
+    scored = _scored_groups(graph, scored_layers(graph))
+    threshold = final_threshold([item.scores for item in scored], target)
+    counts = {
+        item.group.name: item.group.units
+        - int(survivors(item.scores, threshold, -(-min_channels // item.group.division)).sum())
+        for item in scored
+    }
+    made_by = {
+        "criterion": METHODS[0],
+        "allocation": "threshold",
+        "target": target,
+        "threshold": threshold,
+        "min_channels": min_channels,
+    }
+    plan = _with_inputs(build_plan(graph, scored, counts, made_by), graph)
+    removed = sum(counts.values()) / sum(item.group.units for item in scored)
+    return plan, {"target": target, "threshold": threshold, "removed": removed}
+
+
+def _scored_groups(graph: PruningGraph, layers: Sequence[ScoredLayer]) -> list[ScoredGroup]:
+    """Return the scored groups, scores relative to each layer's maximum; the channels of a unit are averaged."""
+    if not layers:
+        raise TrainingError(
+            f"nothing in {type(graph.model).__name__} can be scored: no batch norm alone feeds the layers behind it"
+        )
+    groups = {group.name: group for group in (*graph.groups, *graph.inputs)}
+    scored = []
+    for layer in layers:
+        group = groups[layer.name]
+        scores = layer.scores(graph.model).to("cpu", torch.float64).view(group.division, -1).mean(dim=0)
+        scored.append(ScoredGroup(group, scores / scores.max().clamp(min=torch.finfo(torch.float64).tiny)))
+    return scored
+
+
+def _with_inputs(plan: Plan, graph: PruningGraph) -> Plan:
+    """Mark what leaves behind a channel selection as inputs."""
+    inputs = {group.name for group in graph.inputs}
+    return replace(
+        plan,
+        removals=tuple(InputRemoval(r.layer, r.channels) if r.layer in inputs else r for r in plan.removals),
+        rows=tuple(replace(row, type=InputRemoval.type) if row.layer in inputs else row for row in plan.rows),
+    )
+
+
+def _regularizer(
+    model: nn.Module, layers: Sequence[ScoredLayer], goal: SparsityGoal
+) -> DependencyAwareRegularizer:
+    return DependencyAwareRegularizer(
+        model, layers, goal.target, goal.training.epochs, delta=goal.delta, threshold=goal.threshold
+    )
+
+
+def _train(
+    job: TrainJob,
+    model: nn.Module,
+    data: ImageData,
+    phase: str,
+    config: TrainingConfig,
+    progress: Progress,
+    regularizer: DependencyAwareRegularizer | None = None,
+) -> TrainingResult:
+    return train(
+        model,
+        data.train,
+        data.validation,
+        config,
+        checkpoint=job.work / phase,
+        resume=job.resume,
+        regularizer=regularizer,
+        progress=progress,
+    )
+
+
+def _train_dense(
+    job: TrainJob, model: nn.Module, data: ImageData, progress: Progress, say: Say
+) -> dict[str, Any]:
+    result = _train(job, model, data, "dense", job.training, progress)
+    metrics = {"dense": _measure(model, data, progress)}
+    if PartialState().is_main_process:
+        with atomic_folder(job.out, job.force) as folder:
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+            write_json(folder / "history.json", result.rows())
+            write_json(folder / "metrics.json", metrics)
+        shutil.rmtree(job.work)
+        say(f"saved {job.out}: model.safetensors, history.json, metrics.json")
+    return metrics
+
+
+def _save(
+    job: TrainJob,
+    model: nn.Module,
+    data: ImageData,
+    plan: Plan,
+    metrics: dict[str, Any],
+    sparse: TrainingResult,
+    retrained: TrainingResult,
+) -> None:
+    assert job.sparsity is not None
+    threshold = job.sparsity.threshold
+
+    def report(folder: Path) -> str:
+        write_json(folder / "sparsity.json", sparse.rows())
+        write_json(folder / "history.json", retrained.rows())
+        plot_sparsity([row.regularizer for row in sparse.history], folder / "sparsity", threshold=threshold)
+        structure = read_json(folder / "pruned_structure.json")
+        sizes = file_sizes(folder)
+        return report_markdown(structure, metrics, sizes=sizes, command=job.command, folder=str(job.out))
+
+    stages = {"before": metrics["dense"], "after": metrics["pruned"]}
+    save_pruned(
+        model,
+        job.out,
+        architecture=job.source.model,
+        model_args={
+            "num_classes": data.num_classes,
+            "in_chans": data.input_shape[0],
+            **job.source.model_args,
+        },
+        input_shape=data.input_shape,
+        plan=plan.to_dict(),
+        history=[[r.layer, True, list(r.channels)] for r in plan.removals if r.type != InputRemoval.type],
+        criterion=METHODS[0],
+        numbers={when: {key: stage[key] for key in ("macs", "params")} for when, stage in stages.items()},
+        metrics=metrics,
+        report=report,
+        force=job.force,
+    )
+
+
+def _example(model: nn.Module, data: ImageData) -> Tensor:
+    return torch.zeros(1, *data.input_shape, device=next(model.parameters()).device)
+
+
+def _last(result: TrainingResult) -> str:
+    numbers = result.final.regularizer
+    return f"{numbers['sparsity']:.1%} of the channels near zero (target {numbers['target']:.0%})"
