@@ -68,8 +68,14 @@ def _replace_forward(stack: ExitStack, module: nn.LayerNorm | nn.GroupNorm, mask
             return _masked_layer_norm(module, x, mask.to(x.dtype))
         return _masked_group_norm(module, x, mask.to(x.dtype))
 
+    stack.callback(_restore_forward, module, module.__dict__.get("forward"))
     module.forward = forward  # type: ignore[method-assign,assignment]
-    stack.callback(module.__dict__.pop, "forward", None)
+
+
+def _restore_forward(module: nn.Module, own: Any) -> None:
+    del module.__dict__["forward"]
+    if own is not None:  # some other tool has wrapped the module
+        module.__dict__["forward"] = own
 
 
 def _masked_layer_norm(module: nn.LayerNorm, x: Tensor, mask: Tensor) -> Tensor:

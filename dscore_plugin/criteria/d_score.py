@@ -188,7 +188,7 @@ def _moderate(points: Tensor) -> Tensor:
     largest = float(points.abs().amax()) if points.numel() else 0.0
     if not math.isfinite(largest):
         raise CriterionError(_NOT_FINITE)
-    factor = torch.tensor(-math.frexp(largest)[1], device=points.device)
+    factor = torch.tensor(min(-math.frexp(largest)[1], 1000), device=points.device)
     return torch.ldexp(points.to(_wide(points)), factor).to(points.dtype)
 
 
