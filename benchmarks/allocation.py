@@ -82,7 +82,7 @@ def compare(
             "macs_kept": round(plan.macs[1] / plan.macs[0], 4), "params_kept": round(plan.params[1] / plan.params[0], 4),
             "top1_dense": percent(correct(dense, data)), "top1_pruned": percent(pruned),
             "top1_recalibrated": percent(right[allocation]), "test_images": len(data.test),
-            "sensitivity_images": table.images, "sensitivity_seconds": round(seconds, 1),
+            "sensitivity_images": table.images, "sensitivity_seconds": seconds,
             "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
         }  # fmt: skip
         print(row, flush=True)
@@ -93,11 +93,11 @@ def compare(
 
 def measure_table(
     arguments: argparse.Namespace, data: ImageData, model: nn.Module, name: str, criterion: str
-) -> tuple[Sensitivity, float]:
+) -> tuple[Sensitivity, float | None]:
     """Measure the sensitivity table, or read it where it was measured before."""
     path = arguments.work / f"{name}-{criterion}" / "sensitivity.json"
     if path.exists():
-        return Sensitivity.load(path), 0.0
+        return Sensitivity.load(path), None
     scored = score_groups(PruningGraph(model, (torch.zeros(1, 3, 32, 32),)), get_criterion(criterion))
     images = data.validation.subset(arguments.images)
     start = time.monotonic()
@@ -105,7 +105,7 @@ def measure_table(
         model, scored, images, criterion=criterion, checkpoint=path.with_suffix(".cells"), resume=True,
         progress=RichProgress(),
     )  # fmt: skip
-    seconds = time.monotonic() - start
+    seconds = round(time.monotonic() - start, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, table.to_dict())
     return table, seconds

@@ -277,7 +277,7 @@ def _row(content: Any) -> LayerRow:
 
 
 def _indices(values: Any, layer: str) -> tuple[int, ...]:
-    if not isinstance(values, list) or any(
+    if not isinstance(values, list | tuple) or any(
         isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in values
     ):
         raise PlanError(f"the channels of {layer!r} must be a list of non-negative integers")
