@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from dscore_plugin.errors import ModelError, PlanError
 from dscore_plugin.groups import ChannelGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.plan import ChannelRemoval
+from dscore_plugin.surgery.rollback import rolled_back_on_error
 
 
 def remove_channels(
@@ -35,7 +35,7 @@ def remove_channels(
     graph = PruningGraph(model, example_inputs)
     _check(graph, removals)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    with _rolled_back_on_error(model):
+    with rolled_back_on_error(model):
         try:
             for removal in removals:
                 if removal.channels:
@@ -87,21 +87,3 @@ def _check_group(group: ChannelGroup, channels: tuple[int, ...]) -> None:
         raise PlanError(
             f"the plan removes all {group.channels} channels of {group.name!r}; keep at least one"
         )
-
-
-@contextmanager
-def _rolled_back_on_error(model: nn.Module) -> Iterator[None]:
-    """Undo what DepGraph did if it fails half-way: it replaces parameters and attributes, never their contents."""
-    before = [(module, _snapshot(module)) for module in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for module, state in before:
-            module.__dict__.clear()
-            module.__dict__.update(state)
-        raise
-
-
-def _snapshot(module: nn.Module) -> dict[str, Any]:
-    tables = ("_parameters", "_buffers", "_modules")
-    return {key: dict(value) if key in tables else value for key, value in module.__dict__.items()}
