@@ -26,8 +26,8 @@ class FilterImportance(torch_pruning_importance.Importance):
     all layers.
 
     Torch-Pruning removes by threshold and by an unstable ``topk``, so equal scores must not reach it. They are
-    set apart by less than any two different scores of layers up to 4,096 wide: across layers the one with the
-    smaller mean absolute weight goes first, within a layer the lower index.
+    set apart by less than any two different scores of layers up to 4,096 wide: within a layer the lower index goes
+    first, across layers mostly the one with the smaller mean absolute weight.
 
     Args:
         group_reduction: how the scores of several producers (a residual trunk, the convolution and the
@@ -72,8 +72,8 @@ class FilterImportance(torch_pruning_importance.Importance):
             layers = layers[:1]
         width = len(group[0].idxs)
         score = _reduce([(layer, self.score(layer)) for layer in layers], width, self.group_reduction)
-        mass = sum(_mean_magnitude(layer.filters) for layer in layers) / len(layers)
-        return score + _apart(mass, width)
+        magnitude = _reduce([(layer, _magnitude(layer)) for layer in layers], width, "mean")
+        return score + _apart(float(magnitude.mean()), width, magnitude)
 
     def score(self, layer: Producer) -> Tensor:
         """Score the filters of one layer that belong to the group: shape ``(k,)``, float64, on the CPU."""
@@ -94,8 +94,9 @@ class DScoreImportance(RankImportance):
     """D-Score: the ranks of a filter's positive and of its negative mass, added.
 
     The score is a rank within the layer, over the layer's width. Under ``global_pruning`` it compares "the 3rd
-    of 16" with "the 12th of 64": every layer spreads evenly over [0, 1], so a global threshold takes about the
-    same share of every layer, and layers differ only in how their two ranks agree. The paper ranks per layer.
+    of 16" with "the 12th of 64": a global threshold takes about the same share of every layer, and layers differ
+    only in how their two ranks agree. Of a residual sum it takes less at small ratios, more at large ones: the
+    mean of several layers' ranks is drawn to the middle. The paper ranks per layer.
 
     Args:
         group_reduction: ``"mean"``, ``"max"`` or ``"first"``, over the producers of a group.
@@ -190,12 +191,17 @@ def _reduce(scored: list[tuple[Producer, Tensor]], width: int, reduction: str) -
     return total if reduction == "max" else total / seen.clamp(min=1)
 
 
-def _apart(mass: float, width: int) -> Tensor:
+def _apart(mass: float, width: int, own: Tensor | None = None) -> Tensor:
     # Different scores of layers n and m wide differ by at least 1 / (4 n m), 1.5e-8 at 4,096 each. What sets equal
-    # ones apart must stay far above float64's 1e-16, or large networks still hold equal scores.
-    return 1e-8 * (1 - 1 / (1 + mass)) + 1e-9 * torch.arange(width, dtype=torch.float64) / width
+    # ones apart must stay far above float64's 1e-16, or large networks still hold equal scores. Layers drawn from one
+    # distribution may have the same mass for all that float64 can show here; the later digits of each filter's own
+    # mass then draw lots.
+    apart = 5e-9 * (1 - 1 / (1 + mass)) + 5e-9 * torch.arange(width, dtype=torch.float64) / width
+    return apart if own is None else apart + 1e-12 * (own / (mass or 1.0) * width % 1)
 
 
-def _mean_magnitude(filters: Tensor) -> float:
-    wide = torch.promote_types(filters.dtype, torch.float32)
-    return float(filters.to(wide).abs().mean())
+def _magnitude(layer: Producer) -> Tensor:
+    """Mean absolute weight of each filter of a layer that belongs to the group: float64, on the CPU."""
+    wide = torch.promote_types(layer.filters.dtype, torch.float32)
+    magnitude = layer.filters.to(wide).abs().flatten(1).mean(dim=1).to("cpu", torch.float64)
+    return magnitude if layer.index is None else magnitude[layer.index]
