@@ -75,10 +75,16 @@ class CriterionInfo:
             **options: override those of the criterion.
 
         Raises:
-            CriterionError: if an option is unknown or wrong.
+            CriterionError: if an option is unknown or wrong, or the importance class cannot be imported.
         """
         try:
-            importance: Callable[[Any], Any] = load_object(self.importance)(**{**self.options, **options})
+            build = load_object(self.importance)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise CriterionError(
+                f"the importance {self.importance!r} of criterion {self.name!r} cannot be imported: {error}"
+            ) from error
+        try:
+            importance: Callable[[Any], Any] = build(**{**self.options, **options})
         except TypeError as error:
             raise CriterionError(
                 f"criterion {self.name!r} cannot take the options {options}: {error}"
@@ -153,12 +159,22 @@ _BUILT_IN = (
 )  # fmt: skip
 
 
+def _load(entry: metadata.EntryPoint) -> list[Any]:
+    try:
+        loaded = entry.load()
+        return [loaded] if isinstance(loaded, CriterionInfo) else list(loaded)
+    except Exception as error:
+        raise CriterionError(
+            f"entry point {entry.name!r} of {ENTRY_POINTS!r} cannot be loaded: {error}; repair or uninstall the "
+            f"package that brings it ({entry.value})"
+        ) from error
+
+
 @cache
 def _criteria() -> dict[str, CriterionInfo]:
     known = {info.name: info for info in _BUILT_IN}
     for entry in metadata.entry_points(group=ENTRY_POINTS):
-        loaded = entry.load()
-        for info in [loaded] if isinstance(loaded, CriterionInfo) else loaded:
+        for info in _load(entry):
             if not isinstance(info, CriterionInfo):
                 raise CriterionError(
                     f"entry point {entry.name!r} of {ENTRY_POINTS!r} is no CriterionInfo: {info!r}"
