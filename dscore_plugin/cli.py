@@ -420,6 +420,82 @@ def sensitivity(
     Console().print(table)
 
 
+_TRAIN_HELP = """Train a network: dense, or towards sparsity, then prune it and train it again.
+
+Examples:
+
+`dscore train --model cifar_vgg16_bn --data cifar10:PATH --epochs 60 --lr 0.1 --out runs/vgg16`
+
+`dscore train --model cifar_preresnet56 --data cifar10:PATH --sparsity dependency_aware --target 0.5 --epochs 160
+--out runs/sparse`
+"""
+
+
+@app.command(help=_TRAIN_HELP)
+def train(
+    out: Annotated[Path, typer.Option(help="The folder of the result.")],
+    model: Model = "digits_cnn",
+    weights: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Weights to begin with.", show_default=False)
+    ] = None,
+    data: Data = "digits",
+    sparsity: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="dependency_aware; default: dense.", show_default=False),
+    ] = None,
+    target: Annotated[float, typer.Option(help="Share of the scored channels to remove.")] = 0.5,
+    delta: Annotated[
+        float | None, typer.Option(help="Step of lambda; default: the paper's, scaled.", show_default=False)
+    ] = None,
+    min_channels: Annotated[int, typer.Option(min=1, help="Channels that every layer keeps at least.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Of each phase.")] = 160,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="At its peak.")] = 0.1,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default 128; 64 with --sparsity.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default 5e-4; 1e-4 with --sparsity.")] = None,
+    label_smoothing: Annotated[float, typer.Option()] = 0.0,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    force: Force = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    model_arg: ModelArg = None,
+    image_size: ImageSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Train a network."""
+    from dscore_plugin.pipeline import Source
+    from dscore_plugin.report.tables import print_metrics
+    from dscore_plugin.sparse_training import SparsityGoal, TrainJob, paper_schedule, run_train
+    from dscore_plugin.training.config import TrainingConfig
+    from dscore_plugin.training.progress import RichProgress
+
+    given = {"batch_size": batch_size, "weight_decay": weight_decay}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options |= {"learning_rate": learning_rate, "label_smoothing": label_smoothing, "precision": precision}
+    options |= {"workers": workers, "seed": seed}
+    goal = None
+    if sparsity is None:
+        training = TrainingConfig(epochs, **options)
+    else:
+        sparse, training = paper_schedule(epochs, **options)
+        goal = SparsityGoal(target, sparse, sparsity, delta, min_channels=min_channels)
+    job = TrainJob(
+        Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
+        training,
+        out,
+        sparsity=goal,
+        force=force,
+        resume=resume,
+        command=shlex.join(["dscore", *sys.argv[1:]]),
+    )
+    metrics = run_train(job, RichProgress(), _say)
+    if json_:
+        _print_json({"folder": str(out), **metrics})
+    else:
+        print_metrics(metrics, title=f"{model}, {sparsity or 'dense'}", console=Console())
+
+
 _LIST_HELP = """List the criteria: name, paper, granularity, what each needs.
 
 Examples:

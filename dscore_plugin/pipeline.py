@@ -200,17 +200,17 @@ def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda
     _check(job)
     data = job.source.load_images()
     model = job.source.build(data)
-    _open_work(job, say)
+    open_work(job.work, job.identity(), say, force=job.force, resume=job.resume)
 
     model = _dense(job, model, data, shown, say)
-    metrics: dict[str, Any] = {"dense": _measure(model, data, shown)}
+    metrics: dict[str, Any] = {"dense": measure(model, data, shown)}
     say(f"dense: top-1 {metrics['dense']['top1']:.2f} %, {metrics['dense']['macs'] / 1e6:.1f} M MACs")
 
     plan = _plan(job, model, data, shown)
     plan.save(job.work / "plan.json")
     say(str(plan))
     plan.apply(model)
-    metrics["pruned"] = _measure(model, data, shown)
+    metrics["pruned"] = measure(model, data, shown)
     metrics["recalibrated"] = _recalibrated(job, model, data, metrics["pruned"], shown)
     metrics["finetuned"] = _finetuned(job, model, data, metrics["pruned"], shown, say)
 
@@ -303,7 +303,7 @@ def run_evaluate(folder: Path | None, source: Source, progress: Progress | None 
         read_structure(folder)  # before the images, which may take long to load
     data = source.load_images()
     model = source.build(data) if folder is None else load_pruned(folder).to(source.find_device())
-    return {**_measure(model, data, progress or NoProgress()), "images": len(data.test)}
+    return {**measure(model, data, progress or NoProgress()), "images": len(data.test)}
 
 
 def _check(job: PruneJob) -> None:
@@ -319,26 +319,37 @@ def _check(job: PruneJob) -> None:
         )
 
 
-def _open_work(job: PruneJob, say: Say) -> None:
-    """Make the folder of checkpoints, or go on with it."""
-    note = job.work / "job.json"
-    if note.exists() and job.resume:
-        before, now = read_json(note), _plain(job.identity())
+def open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, resume: bool) -> None:
+    """Make the folder of checkpoints, or go on with it.
+
+    Args:
+        work: the folder.
+        identity: what an interrupted run and its continuation must have in common.
+        say: takes a line of news.
+        force: start over if there is an unfinished run.
+        resume: go on with it.
+
+    Raises:
+        ArtifactError: if there is an unfinished run and neither is given, or it is another one.
+    """
+    note, now = work / "job.json", _plain(identity)
+    if note.exists() and resume:
+        before = read_json(note)
         different = [key for key in now if before.get(key) != now[key]]
         if different:
             raise ArtifactError(
-                f"{job.work} holds another run ({', '.join(different)} differ); use the same options, or --force"
+                f"{work} holds another run ({', '.join(different)} differ); use the same options, or --force"
             )
-        say(f"continuing the run in {job.work}")
+        say(f"continuing the run in {work}")
         return
-    if job.work.exists():
-        if not job.force:
+    if work.exists():
+        if not force:
             raise ArtifactError(
-                f"{job.work} holds an unfinished run; go on with --resume, or start over with --force"
+                f"{work} holds an unfinished run; go on with --resume, or start over with --force"
             )
-        shutil.rmtree(job.work)
-    job.work.mkdir(parents=True)
-    write_json(note, _plain(job.identity()))
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    write_json(note, now)
 
 
 def _plain(content: dict[str, Any]) -> dict[str, Any]:
@@ -431,7 +442,8 @@ def _example(source: Source, data: ImageData) -> Tensor:
     return torch.zeros(1, *data.input_shape, device=source.find_device())
 
 
-def _measure(model: nn.Module, data: ImageData, progress: Progress) -> dict[str, Any]:
+def measure(model: nn.Module, data: ImageData, progress: Progress) -> dict[str, Any]:
+    """Return ``top1`` on the test images in percent, ``macs``, ``params`` and ``latency_ms``."""
     example = torch.zeros(1, *data.input_shape, device=next(model.parameters()).device)
     macs, params = count(model, (example,))
     top1 = evaluate(model, data.test, progress=progress).top1

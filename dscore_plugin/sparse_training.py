@@ -26,7 +26,7 @@ from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write
 from dscore_plugin.groups import ScoredGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.integrations.torch_pruning.links import scored_layers
-from dscore_plugin.pipeline import Say, Source, _measure, _open_work
+from dscore_plugin.pipeline import Say, Source, measure, open_work
 from dscore_plugin.plan import InputRemoval, Plan
 from dscore_plugin.planning import build_plan
 from dscore_plugin.report.numbers import file_sizes
@@ -168,12 +168,12 @@ def run_train(job: TrainJob, progress: Progress | None = None, say: Say = lambda
     graph = PruningGraph(model, (_example(model, data),)) if job.sparsity else None
     layers = scored_layers(graph) if graph else ()
     regularizer = _regularizer(model, layers, job.sparsity) if job.sparsity else None
-    _open_work(job, say)  # type: ignore[arg-type]
+    open_work(job.work, job.identity(), say, force=job.force, resume=job.resume)
     if job.sparsity is None:
         return _train_dense(job, model, data, shown, say)
 
     sparse = _train(job, model, data, "sparse", job.sparsity.training, shown, regularizer)
-    metrics: dict[str, Any] = {"dense": _measure(model, data, shown)}
+    metrics: dict[str, Any] = {"dense": measure(model, data, shown)}
     say(f"trained towards sparsity: {_last(sparse)}, top-1 {metrics['dense']['top1']:.2f} %")
     if sparse.final.regularizer["sparsity"] < job.sparsity.target - 0.05:
         say(
@@ -186,7 +186,7 @@ def run_train(job: TrainJob, progress: Progress | None = None, say: Say = lambda
     plan.save(job.work / "plan.json")
     say(str(plan))
     plan.apply(model)
-    metrics["pruned"] = _measure(model, data, shown)
+    metrics["pruned"] = measure(model, data, shown)
     recalibrate_batchnorm(model, data.train.plain())
     metrics["recalibrated"] = {**metrics["pruned"], "top1": evaluate(model, data.test, progress=shown).top1}
     retrained = _train(job, model, data, "retrain", job.training, shown)
@@ -301,7 +301,7 @@ def _train_dense(
     job: TrainJob, model: nn.Module, data: ImageData, progress: Progress, say: Say
 ) -> dict[str, Any]:
     result = _train(job, model, data, "dense", job.training, progress)
-    metrics = {"dense": _measure(model, data, progress)}
+    metrics = {"dense": measure(model, data, progress)}
     if PartialState().is_main_process:
         with atomic_folder(job.out, job.force) as folder:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -133,7 +133,30 @@ def test_list(dscore: Run) -> None:
     assert "d_step_gm" in out
 
 
-@pytest.mark.parametrize("command", ["prune", "evaluate", "plan", "list"])
+def test_train_makes_weights_that_prune_takes(dscore: Run, tmp_path: Path) -> None:
+    code, out, err = dscore("train", "--epochs", 2, "--out", "dense", "--json")
+    assert code == 0, err
+    top1 = json.loads(out)["dense"]["top1"]
+    file = tmp_path / "dense" / "model.safetensors"
+    code, out, err = dscore("evaluate", "--model", "digits_cnn", "--weights", file, "--json")
+    assert code == 0, err
+    assert json.loads(out)["top1"] == top1
+
+
+def test_train_towards_sparsity(dscore: Run, tmp_path: Path) -> None:
+    code, out, err = dscore(
+        "train", "--sparsity", "dependency_aware", "--target", 0.3, "--epochs", 2, "--out", "s", "--json"
+    )
+    assert code == 0, err
+    metrics = json.loads(out)
+    assert metrics["pruned"]["macs"] < metrics["dense"]["macs"]
+    assert load_pruned(tmp_path / "s") is not None
+    code, _, err = dscore("train", "--sparsity", "dependency", "--out", "t")
+    assert code == 2
+    assert "did you mean 'dependency_aware'" in err
+
+
+@pytest.mark.parametrize("command", ["prune", "evaluate", "plan", "list", "sensitivity", "train"])
 def test_help_shows_an_example(dscore: Run, command: str) -> None:
     code, out, _ = dscore(command, "--help")
     assert code == 0

@@ -160,6 +160,7 @@ def _label(axes: Axes, sensitivity: Sensitivity, columns: int) -> None:
     axes.set_xticks(range(0, 101, 10))
     axes.set_ylim(_bottom(sensitivity), 101)
     axes.grid(color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
         loc="upper left",

@@ -206,9 +206,7 @@ class Replay:
         size = sum(call.copy.nbytes for call in kept if call.copy is not None) // len(self._example)
         replaced = tuple(call.module for call in outermost)
         kept_modules = frozenset(call.module for call in kept)
-        return Prefix(
-            replaced, kept_modules, first.module, first.start, size, self._macs_behind(first.start)
-        )
+        return Prefix(replaced, kept_modules, first.module, first.start, size, self._macs_behind(first.start))
 
     def record(self, prefix: Prefix, images: Tensor, earlier: Recording | None = None) -> Recording:
         """Run the prefix on a batch and keep its outputs.
