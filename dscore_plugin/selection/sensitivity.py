@@ -357,7 +357,7 @@ def reranked(
         ratios: the steps; at each one the units left are scored, and the lowest leave until ``floor(r n + 1e-9)``
             are gone.
         rescore: takes a group and the units left in it, ascending, shape ``(m,)``, and returns their scores,
-            ``(m,)``.
+            ``(m,)``; not asked where a single one is left.
 
     Returns:
         The groups with the place in the order, from 0 to 1, for a score.
@@ -376,7 +376,8 @@ def _places(
     left, gone = torch.arange(units), torch.empty(0, dtype=torch.int64)
     for total in [*(removal_count(ratio, units) for ratio in ratios), units]:
         if total > len(gone):
-            order = torch.argsort(rescore(item, left), stable=True)
+            scores = rescore(item, left) if len(left) > 1 else torch.zeros(1)
+            order = torch.argsort(scores, stable=True)
             more = total - len(gone)
             gone = torch.cat([gone, left[order[:more]]])
             left = left[order[more:]].sort().values

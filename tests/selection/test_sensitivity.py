@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dscore_plugin.criteria.d_score import d_score
 from dscore_plugin.errors import ArtifactError, BudgetError, DataError, ModelError, PlanError
 from dscore_plugin.groups import ChannelGroup, Member, Role, ScoredGroup, removal_count
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
@@ -26,6 +27,7 @@ from dscore_plugin.planning import score_groups
 from dscore_plugin.registry import get_criterion
 from dscore_plugin.selection import measurement
 from dscore_plugin.selection.allocation import Limits, total
+from dscore_plugin.selection.processes import Processes
 from dscore_plugin.selection.sensitivity import (
     RATIOS,
     Sensitivity,
@@ -386,6 +388,37 @@ def test_reranking_with_a_criterion_that_scores_each_alone_changes_nothing() -> 
         assert after.group is before.group
 
 
+def test_reranking_d_score_on_pruned_copies_is_the_papers_procedure() -> None:
+    """Against a transcription: take filters out of the weight itself, and rank what is left."""
+    model = network("digits_cnn")
+    info = get_criterion("d_score")
+    importance = info.build()
+
+    def rescore(item: ScoredGroup, left: Tensor) -> Tensor:
+        gone = sorted(set(range(item.group.units)) - set(left.tolist()))
+        whole = replace(item, scores=torch.ones(item.group.units).index_fill(0, torch.tensor(gone).long(), 0))
+        smaller = removed(model, whole, len(gone), SHAPE)
+        graph = PruningGraph(smaller, (torch.zeros(1, *SHAPE),))
+        (group,) = (group for group in graph.prunable if group.name == item.group.name)
+        return graph.score(group, importance).scores
+
+    graph = PruningGraph(model, (torch.zeros(1, *SHAPE),))
+    scored = score_groups(graph, info)
+    differs = False
+    for before, after in zip(scored, reranked(scored, RATIOS, rescore), strict=True):
+        weight = model.get_submodule(before.group.name).weight.detach()
+        names, gone = list(range(len(weight))), []
+        for ratio in RATIOS:
+            count = removal_count(ratio, before.group.units) - len(gone)
+            lowest = torch.argsort(d_score(weight), stable=True)[:count].tolist()
+            gone += [names[place] for place in lowest]
+            stays = [place for place in range(len(names)) if place not in lowest]
+            names, weight = [names[place] for place in stays], weight[stays]
+        assert after.order[: len(gone)] == tuple(gone)
+        differs |= after.order != before.order
+    assert differs
+
+
 # Resuming, several processes --------------------------------------------------------------------------------
 
 
@@ -462,6 +495,19 @@ def test_two_processes_give_the_table_of_one(tmp_path: Path, expected: Sensitivi
     # one process goes on with what two have measured
     assert measure(checkpoint=tmp_path / "measured.jsonl", resume=True) == expected
     assert len(records(tmp_path)) == len(measured)
+
+
+@given(costs=st.lists(st.integers(1, 100), min_size=1, max_size=20), number=st.integers(1, 5))
+def test_every_task_belongs_to_one_process_and_none_has_much_more(costs: list[int], number: int) -> None:
+    tasks = list(enumerate(costs))
+    shares = []
+    for index in range(number):
+        processes = Processes()
+        processes.index, processes.number = index, number
+        shares.append(processes.share(tasks, lambda task: task[1]))
+    assert sorted(task for share in shares for task in share) == tasks
+    loads = [sum(cost for _, cost in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(
