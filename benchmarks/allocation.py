@@ -1,6 +1,7 @@
 """Sensitivity-aware against uniform allocation, before fine-tuning, at the same MACs, on the test images.
 
     python benchmarks/allocation.py --data cifar10:PATH --weights FOLDER --out benchmarks/results/allocation.json
+    python benchmarks/allocation.py --table benchmarks/results/allocation.json    # as Markdown
 
 For each network and criterion: the sensitivity table on held-out training images, one plan for each allocation at half
 of the MACs, removal, batch-norm recalibration, top-1. The two networks of a pair are compared image by image: the
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from dscore_plugin import plan_pruning
 from dscore_plugin.datasets import ImageData, load_data
-from dscore_plugin.files import write_json
+from dscore_plugin.files import read_json, write_json
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.models import create_model, load_weights
 from dscore_plugin.planning import score_groups
@@ -37,8 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", required=True, help="cifar10:PATH")
-    parser.add_argument("--weights", type=Path, required=True, help="folder with resnet20.safetensors, ...")
+    parser.add_argument("--data", help="cifar10:PATH")
+    parser.add_argument("--weights", type=Path, help="folder with resnet20.safetensors, ...")
+    parser.add_argument("--table", type=Path, help="print these results as Markdown, and measure nothing")
     parser.add_argument("--models", default="cifar_resnet20,cifar_resnet56")
     parser.add_argument("--criteria", default="d_score,l1")
     parser.add_argument("--target-macs", type=float, default=0.5)
@@ -48,6 +50,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/allocation"), help="where tables are kept")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/allocation.json"))
     arguments = parser.parse_args()
+    if arguments.table:
+        print(markdown(read_json(arguments.table)))
+        return
+    if not (arguments.data and arguments.weights):
+        parser.error("--data and --weights are needed to measure")
     data = load_data(arguments.data)
     rows = [
         cell
@@ -132,6 +139,23 @@ def paired_interval(ours: Tensor, theirs: Tensor) -> dict[str, float]:
         "low": round(100 * (mean - half), 2),
         "high": round(100 * (mean + half), 2),
     }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Arrange the results as a table."""
+    lines = [
+        "| network | criterion | allocation | MACs kept | params kept | dense | pruned | recalibrated | gain, 95 % interval |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        gain = row.get("gain_over_uniform")
+        text = "" if gain is None else f"{gain['points']:+.2f} ({gain['low']:+.2f} to {gain['high']:+.2f})"
+        kept = f"{row['macs_kept']:.1%} | {row['params_kept']:.1%}"
+        tops = f"{row['top1_dense']:.2f} | {row['top1_pruned']:.2f} | {row['top1_recalibrated']:.2f}"
+        lines.append(
+            f"| {row['model']} | `{row['criterion']}` | {row['allocation']} | {kept} | {tops} | {text} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
