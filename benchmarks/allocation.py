@@ -86,7 +86,8 @@ def compare(
         right[allocation] = correct(model, data)
         row = {
             "model": name, "criterion": criterion, "allocation": allocation,
-            "macs_kept": round(plan.macs[1] / plan.macs[0], 4), "params_kept": round(plan.params[1] / plan.params[0], 4),
+            "macs_kept": round(plan.macs[1] / plan.macs[0], 4),
+            "params_kept": round(plan.params[1] / plan.params[0], 4),
             "top1_dense": percent(correct(dense, data)), "top1_pruned": percent(pruned),
             "top1_recalibrated": percent(right[allocation]), "test_images": len(data.test),
             "sensitivity_images": table.images, "sensitivity_seconds": seconds,
@@ -144,7 +145,8 @@ def paired_interval(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Arrange the results as a table."""
     lines = [
-        "| network | criterion | allocation | MACs kept | params kept | dense | pruned | recalibrated | gain, 95 % interval |",
+        "| network | criterion | allocation | MACs kept | params kept "
+        "| dense | pruned | recalibrated | gain, 95 % interval |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

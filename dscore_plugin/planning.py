@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dscore_plugin.errors import BudgetError, CriterionError, ModelError, PlanError
-from dscore_plugin.groups import ScoredGroup
+from dscore_plugin.errors import BudgetError, CriterionError, DScoreError, ModelError, PlanError
+from dscore_plugin.groups import ChannelGroup, ScoredGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph, producers
 from dscore_plugin.integrations.torch_pruning.removal import remove_channels
 from dscore_plugin.plan import ChannelRemoval, LayerRow, Plan, fingerprint
@@ -174,8 +174,7 @@ def score_groups(
     importance = info.build(**(options or {}))
     with torch.random.fork_rng(devices=[]), _gradients(graph.model, batches if info.needs_gradients else ()):
         torch.manual_seed(seed)
-        scored = [graph.score(group, importance) for group in groups]
-    _check_scores(info, scored)
+        scored = [_score(graph, info, group, importance) for group in groups]
     missing = [group.name for group, item in zip(groups, scored, strict=True) if item is None]
     if missing and info.needs_batchnorm:
         raise CriterionError(
@@ -342,10 +341,21 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
         raise BudgetError(f"{name} {value!r} is unknown; expected one of {', '.join(choices)}")
 
 
-def _check_scores(info: CriterionInfo, scored: Sequence[ScoredGroup | None]) -> None:
-    for item in scored:
-        if item is not None and not torch.isfinite(item.scores).all():
-            raise CriterionError(f"criterion {info.name!r} gives NaN or infinity for {item.group.name!r}")
+def _score(
+    graph: PruningGraph, info: CriterionInfo, group: ChannelGroup, importance: Callable[[Any], Any]
+) -> ScoredGroup | None:
+    try:
+        scored = graph.score(group, importance)
+    except DScoreError:
+        raise
+    except Exception as error:  # Torch-Pruning's FPGM, for one, fails in front of grouped convolutions
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CriterionError(
+            f"criterion {info.name!r} cannot score {group.name!r}: {reason}; choose another, or ignore the layer"
+        ) from error
+    if scored is not None and not torch.isfinite(scored.scores).all():
+        raise CriterionError(f"criterion {info.name!r} gives NaN or infinity for {group.name!r}")
+    return scored
 
 
 @contextmanager
