@@ -168,7 +168,10 @@ def prune(
     ] = 0.02,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     weight_decay: Annotated[float, typer.Option()] = 5e-4,
-    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    schedule: Annotated[str, typer.Option(help="cosine, steps or constant.")] = "cosine",
+    milestones: Annotated[
+        str | None, typer.Option(metavar="E,E,...", help="Epochs of --schedule steps.", show_default=False)
+    ] = None,
     label_smoothing: Annotated[float, typer.Option()] = 0.0,
     precision: Annotated[str, typer.Option(help="Of training: auto, float32 or bfloat16.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
@@ -196,12 +199,12 @@ def prune(
     goals = (ratio, target_macs, target_params, target_latency, threshold, max_drop)
     if plan is None and all(goal is None for goal in goals):
         target_macs = 0.5
-    schedule_and_precision: dict[str, Any] = {"schedule": schedule, "precision": precision}  # checked there
+    checked_there: dict[str, Any] = {"schedule": schedule, "precision": precision}
     training = None
     if epochs:
         training = TrainingConfig(
             epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, weight_decay=weight_decay,
-            label_smoothing=label_smoothing, workers=workers, seed=seed, **schedule_and_precision,
+            label_smoothing=label_smoothing, workers=workers, seed=seed, milestones=tuple(map(int, _numbers("--milestones", milestones))), **checked_there,
         )  # fmt: skip
     job = PruneJob(
         Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
@@ -548,11 +551,16 @@ def _analysis(
     from dscore_plugin.pipeline import Analysis
     from dscore_plugin.selection.sensitivity import RATIOS
 
-    try:
-        steps = RATIOS if ratios is None else tuple(float(ratio) for ratio in ratios.split(","))
-    except ValueError as error:
-        raise DScoreError(f"--ratios {ratios!r} is no list of numbers, such as 0.1,0.2,0.3") from error
+    steps = _numbers("--ratios", ratios) or RATIOS
     return Analysis(images, steps, paper_protocol, early_exit, fold_batchnorm, rerank)
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...]:
+    """Read a list of numbers, separated by commas."""
+    try:
+        return tuple(float(number) for number in text.split(",")) if text else ()
+    except ValueError as error:
+        raise DScoreError(f"{option} {text!r} is no list of numbers, such as 1,2,3") from error
 
 
 def _model_args(pairs: list[str] | None) -> dict[str, Any]:
