@@ -200,11 +200,12 @@ def prune(
     if plan is None and all(goal is None for goal in goals):
         target_macs = 0.5
     checked_there: dict[str, Any] = {"schedule": schedule, "precision": precision}
+    checked_there["milestones"] = tuple(int(epoch) for epoch in _numbers("--milestones", milestones))
     training = None
     if epochs:
         training = TrainingConfig(
             epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, weight_decay=weight_decay,
-            label_smoothing=label_smoothing, workers=workers, seed=seed, milestones=tuple(map(int, _numbers("--milestones", milestones))), **checked_there,
+            label_smoothing=label_smoothing, workers=workers, seed=seed, **checked_there,
         )  # fmt: skip
     job = PruneJob(
         Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
