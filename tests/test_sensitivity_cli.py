@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from dscore_plugin import plan_pruning
 from dscore_plugin.cli import main
 from dscore_plugin.datasets import load_data
@@ -20,7 +22,6 @@ from dscore_plugin.pipeline import Choice, PruneJob, Source, run_prune
 from dscore_plugin.selection.sensitivity import Sensitivity
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.loop import train
-from safetensors.torch import save_file
 
 Run = Callable[..., tuple[int, str, str]]
 X = torch.zeros(1, 1, 8, 8)

@@ -107,7 +107,7 @@ def signed_mass(weight: Tensor) -> tuple[Tensor, Tensor]:
     return _settled(plus), _settled(minus)
 
 
-def summed_distances(points: Tensor, tile: int = 96) -> Tensor:
+def summed_distances(points: Tensor, tile: int = 128) -> Tensor:
     """Add up each point's Euclidean distances to all points of its set.
 
     The matrix of distances is symmetric: only its upper tiles are computed, each from a Gram matrix in the precision

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dscore_plugin.errors import ModelError, PlanError
 from dscore_plugin.groups import ChannelGroup, Member, Role
 from dscore_plugin.plan import InputRemoval
-from dscore_plugin.surgery.rollback import rolled_back_on_error
+from dscore_plugin.rollback import rolled_back_on_error
 
 Reader = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 

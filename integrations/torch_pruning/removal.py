@@ -12,7 +12,7 @@ from dscore_plugin.errors import ModelError, PlanError
 from dscore_plugin.groups import ChannelGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.plan import ChannelRemoval
-from dscore_plugin.surgery.rollback import rolled_back_on_error
+from dscore_plugin.rollback import rolled_back_on_error
 
 
 def remove_channels(
