@@ -163,9 +163,8 @@ def test_a_table_of_another_model_is_refused(table: Path) -> None:
 
 
 def test_the_paper_protocol_says_so(dscore: Run, weights: Path) -> None:
-    code, out, err = dscore(
-        "sensitivity", "--weights", weights, "--images", 60, "--ratios", "0.5", "--paper-protocol", "--out", "p", "--json"
-    )  # fmt: skip
+    common = ("sensitivity", "--weights", weights, "--images", 60, "--ratios", "0.5", "--out", "p", "--json")
+    code, out, err = dscore(*common, "--paper-protocol")
     assert code == 0
     assert json.loads(out)["protocol"] == "test"
     assert "TEST" in err
