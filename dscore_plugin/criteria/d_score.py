@@ -37,7 +37,7 @@ def d_score(weight: Tensor) -> Tensor:
 
     Source: arXiv 2308.04470, sec. 3.1.
     """
-    rank_plus, rank_minus = (rank(mass) for mass in signed_mass(weight))
+    rank_plus, rank_minus = rank(signed_mass(weight))
     return _normalised(rank_plus + rank_minus, 2 * (len(weight) - 1))
 
 
@@ -58,7 +58,7 @@ def d_step(weight: Tensor) -> Tensor:
 
     Source: arXiv 2308.04470, sec. 3.1.
     """
-    return _step_order(*signed_mass(weight))
+    return _step_order(signed_mass(weight))
 
 
 def d_step_gm(weight: Tensor) -> Tensor:
@@ -82,29 +82,29 @@ def d_step_gm(weight: Tensor) -> Tensor:
     signs = filters.new_empty(2, *filters.shape)
     torch.clamp(filters, min=0, out=signs[0])
     torch.clamp(filters, max=0, out=signs[1])
-    return _step_order(*summed_distances(signs))
+    return _step_order(summed_distances(signs))
 
 
-def signed_mass(weight: Tensor) -> tuple[Tensor, Tensor]:
+def signed_mass(weight: Tensor) -> Tensor:
     """Sum the positive and, as a magnitude, the negative weights of each filter (Eq. 2).
 
     Args:
         weight: filters along dim 0, shape ``(n, ...)``; any float dtype.
 
     Returns:
-        Two tensors of shape ``(n,)``, float64; the order of summation breaks no tie.
+        The positive and the negative masses, shape ``(2, n)``, float64; the order of summation breaks no tie.
 
     Raises:
         CriterionError: if ``weight`` has fewer than two dimensions or holds NaN or infinity.
     """
     filters, wide = as_filters(weight), _wide(weight)
-    plus, minus = torch.empty(2, len(filters), dtype=wide, device=filters.device)
+    mass = torch.empty(2, len(filters), dtype=wide, device=filters.device)
     for here in _cached_rows(*filters.shape):
-        plus[here] = filters[here].clamp(min=0).sum(dim=1, dtype=wide)
-        minus[here] = filters[here].clamp(max=0).sum(dim=1, dtype=wide).neg()
-    if not torch.isfinite(plus + minus).all():
+        mass[0, here] = filters[here].clamp(min=0).sum(dim=1, dtype=wide)
+        mass[1, here] = filters[here].clamp(max=0).sum(dim=1, dtype=wide).neg()
+    if not torch.isfinite(mass).all():
         raise CriterionError(_NOT_FINITE)
-    return _settled(plus), _settled(minus)
+    return _settled(mass)
 
 
 def summed_distances(points: Tensor, tile: int = 128) -> Tensor:
@@ -135,12 +135,14 @@ def summed_distances(points: Tensor, tile: int = 128) -> Tensor:
     for start in range(0, n, tile):
         # one tile of rows against everything to its right, in place: it stays in the cache
         end = start + tile
-        right = points[:, start:].transpose(1, 2)
-        distance = torch.baddbmm(square[:, None, start:], points[:, start:end], right, alpha=-2)
-        distance.add_(square[:, start:end, None]).clamp_(min=0).sqrt_()
+        distance = square[:, start:end, None] + square[:, None, start:]
+        distance.baddbmm_(points[:, start:end], points[:, start:].transpose(1, 2), alpha=-2).clamp_(
+            min=0
+        ).sqrt_()
         distance.diagonal(dim1=1, dim2=2).zero_()  # rounding leaves a filter at a small distance from itself
-        total[:, start:end] += distance.sum(dim=2, dtype=total.dtype)
-        total[:, end:] += distance[:, :, tile:].sum(dim=1, dtype=total.dtype)
+        distance = distance.to(total.dtype)
+        total[:, start:end] += distance.sum(dim=2)
+        total[:, end:] += distance[:, :, tile:].sum(dim=1)
     return _settled(total)
 
 
@@ -148,15 +150,14 @@ def rank(values: Tensor) -> Tensor:
     """Rank from 0 for the smallest to n - 1 for the largest; ties go to the lower index.
 
     Args:
-        values: shape ``(n,)``.
+        values: shape ``(..., n)``, ranked along the last dimension.
 
     Returns:
-        Shape ``(n,)``, int64, a permutation of ``0..n-1``.
+        The same shape, int64, permutations of ``0..n-1``.
     """
     order = torch.argsort(values, stable=True)
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order), device=order.device)
-    return ranks
+    positions = torch.arange(values.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, positions)
 
 
 def as_filters(weight: Tensor) -> Tensor:
@@ -205,11 +206,11 @@ def _wide(values: Tensor) -> torch.dtype:
     return torch.float32 if values.device.type == "mps" else torch.float64
 
 
-def _step_order(first: Tensor, second: Tensor) -> Tensor:
-    rank_first, rank_second = rank(first), rank(second)
-    n = len(first)
+def _step_order(measures: Tensor) -> Tensor:
+    rank_plus, rank_minus = rank(measures)
+    n = len(rank_plus)
     # (max, sum, index) as one integer: the sum is at most 2 n, and the stable sort of `rank` keeps the index
-    key = torch.maximum(rank_first, rank_second) * (2 * n + 1) + rank_first + rank_second
+    key = torch.maximum(rank_plus, rank_minus) * (2 * n + 1) + rank_plus + rank_minus
     return _normalised(rank(key), n - 1)
 
 
