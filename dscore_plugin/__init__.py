@@ -5,6 +5,7 @@ The names below are imported when they are first used: ``import dscore_plugin`` 
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from dscore_plugin.selection.sensitivity import Sensitivity, sensitivity_analysis
 
 __version__ = "0.1.0"
+
+# A checkout keeps integrations/ beside this folder, an installed package has it inside. Python started in a checkout's
+# root finds this folder before the installed package; then the integrations beside it belong to it.
+_here = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_here, "integrations")):
+    __path__.append(os.path.dirname(_here))
 
 _IMPORTANCE = "dscore_plugin.integrations.torch_pruning.importance"
 _HOME = {

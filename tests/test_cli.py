@@ -260,7 +260,7 @@ def test_a_damaged_artifact_is_refused(dscore: Run, weights: Path, tmp_path: Pat
 
 def test_ctrl_c_leaves_no_half_artifact_and_resume_goes_on(weights: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "dscore_plugin.cli", "prune", "--weights", str(weights), "--epochs", "12",
+        sys.executable, "-m", "dscore_plugin.cli", "prune", "--weights", str(weights), "--epochs", "8",
         "--ratio", "0.25", "--batch-size", "32", "--out", "a", "--json",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}

@@ -24,6 +24,13 @@ def test_the_import_loads_none_of_the_tools(tmp_path: Path) -> None:
     assert run.stdout.strip() == "[]"
 
 
+def test_python_started_in_a_checkout_finds_the_integrations() -> None:
+    code = "import dscore_plugin; print(dscore_plugin.DScoreImportance.__name__, dscore_plugin.__file__)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split()[0] == "DScoreImportance"
+    assert Path(run.stdout.split()[1]).is_relative_to(ROOT)
+
+
 @pytest.mark.parametrize("name", dscore_plugin.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(dscore_plugin, name).__doc__
