@@ -98,11 +98,12 @@ def main() -> int:
     )
     parser.add_argument("--repeats", type=int, default=21, help="turns; each scores with every criterion")
     parser.add_argument("--image-size", type=int, default=64, help="for tracing; scores do not depend on it")
-    parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch; one by default: work is compared, not spread"
+    )
     parser.add_argument("--out", help="write the result here, too")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
     rows = [measure(name, arguments.repeats, arguments.image_size) for name in arguments.models.split(",")]
     result = {
         "rows": rows,
