@@ -6,18 +6,31 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dscore_plugin.cli_options import (
+    ANALYSIS,
+    CRITERION,
+    GOAL,
+    GOAL_NAMES,
+    SEARCH,
+    SOURCE,
+    Force,
+    Json,
+    Resume,
+    Seed,
+    numbers,
+    read_choice,
+    read_source,
+    with_options,
+)
 from dscore_plugin.errors import DScoreError
 from dscore_plugin.registry import list_criteria
-
-if TYPE_CHECKING:
-    from dscore_plugin.pipeline import Analysis
 
 app = typer.Typer(
     help="Prune networks with paper-faithful criteria.",
@@ -27,95 +40,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 _errors = Console(stderr=True, soft_wrap=True, highlight=False)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Seed = Annotated[
-    int, typer.Option(min=0, help="Of the validation split, the training and everything random.")
-]
-Model = Annotated[
-    str, typer.Option(help="A name in timm's registry; the CIFAR networks of the papers are there too.")
-]
-ModelArg = Annotated[
-    list[str] | None,
-    typer.Option("--model-arg", metavar="NAME=VALUE", help="A further argument of the model."),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Safetensors weights of the dense network.", show_default=False),
-]
-Data = Annotated[
-    str, typer.Option(help="digits, cifar10[:PATH], cifar100[:PATH], svhn[:PATH] or imagefolder:PATH.")
-]
-ImageSize = Annotated[int | None, typer.Option(min=8, help="For image folders.", show_default=False)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
-Criterion = Annotated[str, typer.Option(help="See: dscore list.")]
-Ratio = Annotated[
-    float | None,
-    typer.Option(metavar="R", help="Share of the channels to remove, in (0, 1).", show_default=False),
-]
-TargetMacs = Annotated[
-    float | None, typer.Option(metavar="F", help="Share of the MACs to keep, in (0, 1).", show_default=False)
-]
-TargetParams = Annotated[
-    float | None,
-    typer.Option(metavar="F", help="Share of the parameters to keep, in (0, 1).", show_default=False),
-]
-TargetLatency = Annotated[
-    float | None,
-    typer.Option(
-        metavar="F", help="Share of the latency to keep, measured here, in (0, 1).", show_default=False
-    ),
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(
-        metavar="A", help="Accuracy in percent that every layer alone must keep.", show_default=False
-    ),
-]
-MaxDrop = Annotated[
-    float | None, typer.Option(metavar="P", help="The same, as points below dense.", show_default=False)
-]
-Allocation = Annotated[
-    str,
-    typer.Option(
-        help="uniform: the same share of every layer; global: lowest scores first; sensitivity: measured."
-    ),
-]
-LatencyBatch = Annotated[int, typer.Option(min=1, help="Images at a time, for --target-latency.")]
-TableFile = Annotated[
-    str | None,
-    typer.Option(
-        "--sensitivity", metavar="FILE", help="A sensitivity.json, instead of measuring.", show_default=False
-    ),
-]
-Images = Annotated[int, typer.Option(min=1, help="Validation images of a sensitivity analysis.")]
-Ratios = Annotated[
-    str | None,
-    typer.Option(
-        metavar="R,R,...", help="Of a sensitivity analysis; default 0.05 to 0.95.", show_default=False
-    ),
-]
-PaperProtocol = Annotated[
-    bool, typer.Option("--paper-protocol", help="Analyse sensitivity on the test images, as the paper did.")
-]
-EarlyExit = Annotated[
-    float | None,
-    typer.Option(metavar="P", help="Give a layer up P points below dense: faster.", show_default=False),
-]
-FoldBatchnorm = Annotated[
-    bool,
-    typer.Option("--fold-batchnorm", help="Fold batch norm for the analysis: faster, equal up to rounding."),
-]
-Rerank = Annotated[
-    bool, typer.Option("--rerank", help="Score a layer anew after every step, as D-Score's code.")
-]
-Calibration = Annotated[int, typer.Option(min=1, help="For criteria that look at data.")]
-Layers = Annotated[str, typer.Option(help="all, or inner: residual sums stay whole.")]
-MinChannels = Annotated[int, typer.Option(min=1, help="Channels that every layer keeps at least.")]
-RoundTo = Annotated[
-    int | None, typer.Option(min=1, help="Keep a multiple of so many channels.", show_default=False)
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 _PRUNE_HELP = """Prune a network, fine-tune it, save it with a report.
 
@@ -131,34 +55,29 @@ Examples:
 
 
 @app.command(help=_PRUNE_HELP)
+@with_options(SOURCE, CRITERION, GOAL, SEARCH, ANALYSIS)
 def prune(
-    model: Model = "digits_cnn",
-    weights: Weights = None,
-    data: Data = "digits",
-    criterion: Criterion = "d_score",
-    ratio: Ratio = None,
-    target_macs: TargetMacs = None,
-    target_params: TargetParams = None,
-    target_latency: TargetLatency = None,
-    threshold: Threshold = None,
-    max_drop: MaxDrop = None,
-    allocation: Allocation = "uniform",
-    layers: Layers = "all",
-    min_channels: MinChannels = 1,
-    round_to: RoundTo = None,
-    latency_batch: LatencyBatch = 1,
-    table: TableFile = None,
-    images: Images = 2000,
-    ratios: Ratios = None,
-    paper_protocol: PaperProtocol = False,
-    early_exit: EarlyExit = None,
-    fold_batchnorm: FoldBatchnorm = False,
-    rerank: Rerank = False,
     plan: Annotated[
         Path | None, typer.Option(help="Apply this plan instead of choosing.", show_default=False)
     ] = None,
-    calibration_images: Calibration = 1024,
+    rounds: Annotated[int, typer.Option(min=1, help="Approach the goal in so many steps.")] = 1,
+    feature_map_ratio: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R", help="coarse: share of the feature maps to remove, first.", show_default=False
+        ),
+    ] = None,
+    kernel_ratio: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="coarse: share of the kernels to remove, then.", show_default=False),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0 leaves it out.")] = 10,
+    round_epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Of fine-tuning after every step but the last; default: --epochs.", show_default=False
+        ),
+    ] = None,
     dense_epochs: Annotated[
         int | None,
         typer.Option(min=0, help="Of training the dense network, without weights.", show_default=False),
@@ -183,52 +102,41 @@ def prune(
         typer.Option(help="Folder of the artifact; default runs/MODEL-CRITERION.", show_default=False),
     ] = None,
     force: Force = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    model_arg: ModelArg = None,
-    image_size: ImageSize = None,
-    device: Device = "auto",
-    seed: Seed = 0,
+    resume: Resume = False,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Prune a network, fine-tune it, save it with a report."""
-    from dscore_plugin.pipeline import Choice, PruneJob, Source, default_out, run_prune
+    from dscore_plugin.jobs import PruneJob, default_out
+    from dscore_plugin.pipeline import run_prune
     from dscore_plugin.report.tables import print_metrics
     from dscore_plugin.training.config import TrainingConfig
     from dscore_plugin.training.progress import RichProgress
 
-    goals = (ratio, target_macs, target_params, target_latency, threshold, max_drop)
-    if plan is None and all(goal is None for goal in goals):
-        target_macs = 0.5
+    stages = {"channel": feature_map_ratio, "kernel": kernel_ratio}
+    goals = [options[name] for name in GOAL_NAMES]
+    if plan is None and all(goal is None for goal in (*goals, *stages.values())):
+        options["target_macs"] = 0.5
+    choice = read_choice(options)
     checked_there: dict[str, Any] = {"schedule": schedule, "precision": precision}
-    checked_there["milestones"] = tuple(int(epoch) for epoch in _numbers("--milestones", milestones))
-    training = None
-    if epochs:
-        training = TrainingConfig(
+    checked_there["milestones"] = tuple(int(epoch) for epoch in numbers("--milestones", milestones))
+
+    def training(epochs: int) -> TrainingConfig | None:
+        if epochs == 0:
+            return None
+        return TrainingConfig(
             epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, weight_decay=weight_decay,
-            label_smoothing=label_smoothing, workers=workers, seed=seed, **checked_there,
+            label_smoothing=label_smoothing, workers=workers, seed=options["seed"], **checked_there,
         )  # fmt: skip
+
     job = PruneJob(
-        Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
-        Choice(
-            criterion=criterion,
-            ratio=ratio,
-            target_macs=target_macs,
-            target_params=target_params,
-            target_latency=target_latency,
-            threshold=threshold,
-            max_drop=max_drop,
-            allocation=allocation,
-            layers=layers,
-            min_channels=min_channels,
-            round_to=round_to,
-            latency_batch=latency_batch,
-            calibration_images=calibration_images,
-            table=table,
-            analysis=_analysis(images, ratios, paper_protocol, early_exit, fold_batchnorm, rerank),
-        ),  # fmt: skip
-        out or default_out(model, criterion),
+        read_source(options),
+        choice.in_stages(stages),
+        out or default_out(options["model"], choice.criterion),
+        rounds=rounds,
         plan=plan,
-        training=training,
+        training=training(epochs),
+        round_training=training(epochs if round_epochs is None else round_epochs),
         dense_epochs=dense_epochs,
         recalibrate=not no_recalibrate,
         force=force,
@@ -239,7 +147,7 @@ def prune(
     if json_:
         _print_json({"folder": str(job.out), **metrics})
     else:
-        print_metrics(metrics, title=f"{model}, {criterion}", console=Console())
+        print_metrics(metrics, title=f"{options['model']}, {choice.criterion}", console=Console())
 
 
 _EVALUATE_HELP = """Measure an artifact, or a dense network, on the test images.
@@ -253,34 +161,30 @@ Examples:
 
 
 @app.command(help=_EVALUATE_HELP)
+@with_options({name: option for name, option in SOURCE.items() if name != "model"})
 def evaluate(
     folder: Annotated[Path | None, typer.Argument(help="An artifact.", show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help="A dense network instead.", show_default=False)] = None,
-    weights: Weights = None,
-    data: Data = "digits",
-    model_arg: ModelArg = None,
-    image_size: ImageSize = None,
-    device: Device = "auto",
-    seed: Seed = 0,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Measure an artifact, or a dense network, on the test images."""
-    from dscore_plugin.pipeline import Source, require_one, run_evaluate
+    from dscore_plugin.jobs import require_one
+    from dscore_plugin.pipeline import run_evaluate
     from dscore_plugin.training.progress import RichProgress
 
     require_one(folder, model)
-    source = Source(model or "", data, weights, _model_args(model_arg), image_size, seed, device)
-    numbers = run_evaluate(folder, source, RichProgress())
+    found = run_evaluate(folder, read_source({**options, "model": model or ""}), RichProgress())
     if json_:
-        _print_json(numbers)
+        _print_json(found)
         return
     table = Table(title=str(folder or model))
     for heading in ("top-1", "images", "MACs", "parameters", "latency, batch 1", "latency, batch 64"):
         table.add_column(heading, justify="right")
-    milliseconds = [f"{entry['median']:.2f} ms" for entry in numbers["latency_ms"].values()]
+    milliseconds = [f"{entry['median']:.2f} ms" for entry in found["latency_ms"].values()]
     table.add_row(
-        f"{numbers['top1']:.2f} %", f"{numbers['images']:,}", f"{numbers['macs'] / 1e6:.2f} M",
-        f"{numbers['params']:,}", *milliseconds,
+        f"{found['top1']:.2f} %", f"{found['images']:,}", f"{found['macs'] / 1e6:.2f} M",
+        f"{found['params']:,}", *milliseconds,
     )  # fmt: skip
     Console().print(table)
 
@@ -295,64 +199,20 @@ Example:
 
 
 @app.command(help=_PLAN_HELP)
+@with_options(SOURCE, CRITERION, GOAL, SEARCH, ANALYSIS)
 def plan(
     out: Annotated[Path, typer.Option(help="The plan's file.")],
-    model: Model = "digits_cnn",
-    weights: Weights = None,
-    data: Data = "digits",
-    criterion: Criterion = "d_score",
-    ratio: Ratio = None,
-    target_macs: TargetMacs = None,
-    target_params: TargetParams = None,
-    target_latency: TargetLatency = None,
-    threshold: Threshold = None,
-    max_drop: MaxDrop = None,
-    allocation: Allocation = "uniform",
-    layers: Layers = "all",
-    min_channels: MinChannels = 1,
-    round_to: RoundTo = None,
-    latency_batch: LatencyBatch = 1,
-    table: TableFile = None,
-    images: Images = 2000,
-    ratios: Ratios = None,
-    paper_protocol: PaperProtocol = False,
-    early_exit: EarlyExit = None,
-    fold_batchnorm: FoldBatchnorm = False,
-    rerank: Rerank = False,
-    calibration_images: Calibration = 1024,
     force: Force = False,
-    model_arg: ModelArg = None,
-    image_size: ImageSize = None,
-    device: Device = "auto",
-    seed: Seed = 0,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Choose what leaves a network, and write it down."""
     from dscore_plugin.errors import PlanError
-    from dscore_plugin.pipeline import Choice, Source, run_plan
+    from dscore_plugin.pipeline import run_plan
 
     if out.exists() and not force:
         raise PlanError(f"{out} exists already; choose another file, or replace it with --force")
-    chosen = run_plan(
-        Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
-        Choice(
-            criterion=criterion,
-            ratio=ratio,
-            target_macs=target_macs,
-            target_params=target_params,
-            target_latency=target_latency,
-            threshold=threshold,
-            max_drop=max_drop,
-            allocation=allocation,
-            layers=layers,
-            min_channels=min_channels,
-            round_to=round_to,
-            latency_batch=latency_batch,
-            calibration_images=calibration_images,
-            table=table,
-            analysis=_analysis(images, ratios, paper_protocol, early_exit, fold_batchnorm, rerank),
-        ),  # fmt: skip
-    )
+    chosen = run_plan(read_source(options), read_choice(options), _say)
     chosen.save(out)
     if json_:
         _print_json(chosen.to_dict())
@@ -373,36 +233,21 @@ Examples:
 
 
 @app.command(help=_SENSITIVITY_HELP)
+@with_options(SOURCE, CRITERION, ANALYSIS)
 def sensitivity(
     out: Annotated[Path, typer.Option(help="The folder of the table and its picture.")],
-    model: Model = "digits_cnn",
-    weights: Weights = None,
-    data: Data = "digits",
-    criterion: Criterion = "d_score",
-    layers: Layers = "all",
-    images: Images = 2000,
-    ratios: Ratios = None,
-    paper_protocol: PaperProtocol = False,
-    early_exit: EarlyExit = None,
-    fold_batchnorm: FoldBatchnorm = False,
-    rerank: Rerank = False,
-    calibration_images: Calibration = 1024,
     force: Force = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted analysis.")] = False,
-    model_arg: ModelArg = None,
-    image_size: ImageSize = None,
-    device: Device = "auto",
-    seed: Seed = 0,
+    resume: Resume = False,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Measure the accuracy of a network with each layer pruned alone."""
-    from dscore_plugin.pipeline import Choice, Source, run_sensitivity
+    from dscore_plugin.pipeline import run_sensitivity
     from dscore_plugin.training.progress import RichProgress
 
-    analysis = _analysis(images, ratios, paper_protocol, early_exit, fold_batchnorm, rerank)
     measured = run_sensitivity(
-        Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
-        Choice(criterion, layers=layers, calibration_images=calibration_images, analysis=analysis),
+        read_source(options),
+        read_choice(options),
         out,
         force=force,
         resume=resume,
@@ -436,13 +281,9 @@ Examples:
 
 
 @app.command(help=_TRAIN_HELP)
+@with_options(SOURCE)
 def train(
     out: Annotated[Path, typer.Option(help="The folder of the result.")],
-    model: Model = "digits_cnn",
-    weights: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Weights to begin with.", show_default=False)
-    ] = None,
-    data: Data = "digits",
     sparsity: Annotated[
         str | None,
         typer.Option(metavar="METHOD", help="dependency_aware; default: dense.", show_default=False),
@@ -460,32 +301,28 @@ def train(
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
     force: Force = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    model_arg: ModelArg = None,
-    image_size: ImageSize = None,
-    device: Device = "auto",
-    seed: Seed = 0,
+    resume: Resume = False,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Train a network."""
-    from dscore_plugin.pipeline import Source
     from dscore_plugin.report.tables import print_metrics
     from dscore_plugin.sparse_training import SparsityGoal, TrainJob, paper_schedule, run_train
     from dscore_plugin.training.config import TrainingConfig
     from dscore_plugin.training.progress import RichProgress
 
     given = {"batch_size": batch_size, "weight_decay": weight_decay}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    options |= {"learning_rate": learning_rate, "label_smoothing": label_smoothing, "precision": precision}
-    options |= {"workers": workers, "seed": seed}
+    config: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    config |= {"learning_rate": learning_rate, "label_smoothing": label_smoothing, "precision": precision}
+    config |= {"workers": workers, "seed": options["seed"]}
     goal = None
     if sparsity is None:
-        training = TrainingConfig(epochs, **options)
+        training = TrainingConfig(epochs, **config)
     else:
-        sparse, training = paper_schedule(epochs, **options)
+        sparse, training = paper_schedule(epochs, **config)
         goal = SparsityGoal(target, sparse, sparsity, delta, min_channels=min_channels)
     job = TrainJob(
-        Source(model, data, weights, _model_args(model_arg), image_size, seed, device),
+        read_source(options),
         training,
         out,
         sparsity=goal,
@@ -497,7 +334,7 @@ def train(
     if json_:
         _print_json({"folder": str(out), **metrics})
     else:
-        print_metrics(metrics, title=f"{model}, {sparsity or 'dense'}", console=Console())
+        print_metrics(metrics, title=f"{options['model']}, {sparsity or 'dense'}", console=Console())
 
 
 _LIST_HELP = """List the criteria: name, paper, granularity, what each needs.
@@ -538,44 +375,6 @@ def list_(seed: Seed = 0, json_: Json = False) -> None:
             info.name, info.kind, ", ".join(info.granularity), ", ".join(needs), paper, info.summary
         )
     Console().print(table)
-
-
-def _analysis(
-    images: int,
-    ratios: str | None,
-    paper_protocol: bool,
-    early_exit: float | None,
-    fold_batchnorm: bool,
-    rerank: bool,
-) -> Analysis:
-    """Read how a sensitivity analysis is to be done."""
-    from dscore_plugin.pipeline import Analysis
-    from dscore_plugin.selection.sensitivity import RATIOS
-
-    steps = _numbers("--ratios", ratios) or RATIOS
-    return Analysis(images, steps, paper_protocol, early_exit, fold_batchnorm, rerank)
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...]:
-    """Read a list of numbers, separated by commas."""
-    try:
-        return tuple(float(number) for number in text.split(",")) if text else ()
-    except ValueError as error:
-        raise DScoreError(f"{option} {text!r} is no list of numbers, such as 1,2,3") from error
-
-
-def _model_args(pairs: list[str] | None) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` pairs; a value that is JSON is taken as such, anything else as text."""
-    arguments: dict[str, Any] = {}
-    for pair in pairs or []:
-        name, separator, value = pair.partition("=")
-        if not separator or not name.isidentifier():
-            raise DScoreError(f"--model-arg {pair!r} is no NAME=VALUE pair, such as drop_rate=0.1")
-        try:
-            arguments[name] = json.loads(value)
-        except ValueError:
-            arguments[name] = value
-    return arguments
 
 
 def _print_json(content: dict[str, Any]) -> None:

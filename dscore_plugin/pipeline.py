@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,172 +14,24 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from dscore_plugin.artifact import load_pruned, read_structure, save_pruned
-from dscore_plugin.datasets import ImageData, ImageSet, load_data
-from dscore_plugin.errors import ArtifactError, BudgetError, ModelError
+from dscore_plugin.datasets import ImageData
+from dscore_plugin.errors import ArtifactError, ModelError
 from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write_json
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
-from dscore_plugin.models import create_model, load_weights
-from dscore_plugin.plan import Plan
-from dscore_plugin.planning import GOALS, check_goals, plan_pruning, rerank_groups, score_groups
-from dscore_plugin.registry import get_criterion
+from dscore_plugin.jobs import Choice, PruneJob, Source, amount_in_round
+from dscore_plugin.plan import ChannelRemoval, Plan
+from dscore_plugin.planning import GOALS, plan_pruning, rerank_groups, score_groups, selection_request
+from dscore_plugin.registry import get_criterion, load_object
 from dscore_plugin.report.numbers import count, file_sizes, latency
 from dscore_plugin.report.plots import plot_sensitivity
 from dscore_plugin.report.tables import report_markdown
-from dscore_plugin.selection.sensitivity import RATIOS, Sensitivity, check_ratios, sensitivity_analysis
+from dscore_plugin.selection.sensitivity import Sensitivity, check_ratios, sensitivity_analysis
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm
 from dscore_plugin.training.loop import train
 from dscore_plugin.training.progress import NoProgress, Progress
 
 Say = Callable[[str], None]
-DENSE_EPOCHS = {"digits": 20}  # data small enough that a dense network is trained on the spot
-
-
-@dataclass(frozen=True)
-class Source:
-    """Which network, which weights, which images.
-
-    Attributes:
-        model: a name in timm's registry, ours included.
-        data: as in :func:`dscore_plugin.datasets.load_data`.
-        weights: a safetensors file of the dense network.
-        model_args: further arguments of the model.
-        image_size: for image folders.
-        seed: of the validation split, the training and everything random.
-        device: ``"auto"`` takes a GPU where there is one.
-    """
-
-    model: str = "digits_cnn"
-    data: str = "digits"
-    weights: str | None = None
-    model_args: dict[str, Any] = field(default_factory=dict)
-    image_size: int | None = None
-    seed: int = 0
-    device: str = "auto"
-
-    def load_images(self) -> ImageData:
-        """Load the images; raise DataError if they are not there."""
-        return load_data(self.data, seed=self.seed, image_size=self.image_size)
-
-    def build(self, data: ImageData) -> nn.Module:
-        """Build the network for ``data`` and load its weights, if any are named; raise ModelError if they misfit."""
-        torch.manual_seed(self.seed)
-        model = create_model(
-            self.model, num_classes=data.num_classes, in_chans=data.input_shape[0], **self.model_args
-        )
-        if self.weights:
-            load_weights(model, Path(self.weights))
-        return model.to(self.find_device())
-
-    def find_device(self) -> torch.device:
-        """Return the device to compute on."""
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """How the sensitivity of the layers is measured.
-
-    Attributes:
-        images: of the validation split; None takes all.
-        ratios: shares of a layer's channels to remove.
-        paper_protocol: measure on the test images, as the paper did. The choice of ratios then knows them.
-        early_exit: give a layer up once it lies so many points below the dense accuracy; None measures all.
-        fold_batchnorm: fold batch norm into the convolutions, for speed; the numbers differ by rounding.
-        rerank: score what is left of a layer anew after every step, as the paper's code does.
-    """
-
-    images: int | None = 2000
-    ratios: tuple[float, ...] = RATIOS
-    paper_protocol: bool = False
-    early_exit: float | None = None
-    fold_batchnorm: bool = False
-    rerank: bool = False
-
-    def choose_images(self, data: ImageData, seed: int) -> ImageSet:
-        """Return the images to measure on; raise DataError if there are none."""
-        images = data.test if self.paper_protocol else data.validation.plain()
-        return images if self.images is None else images.subset(min(self.images, len(images)), seed=seed)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How the channels are chosen.
-
-    Attributes:
-        calibration_images: for criteria that look at data.
-        table: a sensitivity table measured before, for the allocation by sensitivity; None measures one.
-        analysis: how it is measured.
-
-    The other fields are those of :func:`dscore_plugin.planning.plan_pruning`.
-    """
-
-    criterion: str = "d_score"
-    ratio: float | None = None
-    target_macs: float | None = None
-    target_params: float | None = None
-    target_latency: float | None = None
-    threshold: float | None = None
-    max_drop: float | None = None
-    allocation: str = "uniform"
-    layers: str = "all"
-    min_channels: int = 1
-    round_to: int | None = None
-    latency_batch: int = 1
-    calibration_images: int = 1024
-    table: str | None = None
-    analysis: Analysis = field(default_factory=Analysis)
-
-    def check(self) -> None:
-        """Refuse what can be refused without a model; raise a DScoreError."""
-        get_criterion(self.criterion)
-        check_goals({name: getattr(self, name) for name in ("ratio", *GOALS)}, self.allocation)
-        if self.table is not None:
-            Sensitivity.load(self.table)
-        check_ratios(self.analysis.ratios)
-
-
-@dataclass(frozen=True)
-class PruneJob:
-    """Everything that ``dscore prune`` is asked to do.
-
-    Attributes:
-        source: network, weights, images.
-        choice: criterion, budget, allocation.
-        out: the folder of the artifact.
-        plan: a plan to apply, instead of choosing.
-        training: of the fine-tuning; None leaves it out.
-        dense_epochs: epochs of training the dense network where there are no weights.
-        recalibrate: whether batch norm's statistics are measured again after the removal.
-        force: replace an existing artifact.
-        resume: go on with an interrupted run.
-        command: the command line, for the report.
-    """
-
-    source: Source
-    choice: Choice
-    out: Path
-    plan: Path | None = None
-    training: TrainingConfig | None = None
-    dense_epochs: int | None = None
-    recalibrate: bool = True
-    force: bool = False
-    resume: bool = False
-    command: str = ""
-
-    @property
-    def work(self) -> Path:
-        """Where checkpoints lie until the artifact is complete."""
-        return self.out.with_name(self.out.name + ".work")
-
-    def identity(self) -> dict[str, Any]:
-        """What an interrupted run and its continuation must have in common."""
-        content = asdict(self)
-        for key in ("force", "resume", "command", "out"):
-            del content[key]
-        return {**content, "plan": str(self.plan) if self.plan else None}
 
 
 def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda _: None) -> dict[str, Any]:
@@ -191,33 +44,71 @@ def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda
 
     Returns:
         The content of ``metrics.json``: ``dense``, ``pruned``, ``recalibrated`` and ``finetuned``, each with
-        ``top1`` in percent, ``macs``, ``params`` and ``latency_ms``, or None where it was not run.
+        ``top1`` in percent, ``macs``, ``params`` and ``latency_ms``, or None where it was not run. The last three
+        are those of the last stage; where there are several, ``stages`` has those of each.
 
     Raises:
         DScoreError: on bad input, before any work starts; or if the work fails, with what was finished kept.
     """
     shown = progress or NoProgress()
-    _check(job)
+    job.check()
     data = job.source.load_images()
     model = job.source.build(data)
     open_work(job.work, job.identity(), say, force=job.force, resume=job.resume)
 
     model = _dense(job, model, data, shown, say)
-    metrics: dict[str, Any] = {"dense": measure(model, data, shown)}
-    say(f"dense: top-1 {metrics['dense']['top1']:.2f} %, {metrics['dense']['macs'] / 1e6:.1f} M MACs")
+    dense = measure(model, data, shown)
+    say(f"dense: top-1 {dense['top1']:.2f} %, {dense['macs'] / 1e6:.1f} M MACs")
 
-    plan = _plan(job, model, data, shown)
-    plan.save(job.work / "plan.json")
-    say(str(plan))
-    plan.apply(model)
-    metrics["pruned"] = measure(model, data, shown)
-    metrics["recalibrated"] = _recalibrated(job, model, data, metrics["pruned"], shown)
-    metrics["finetuned"] = _finetuned(job, model, data, metrics["pruned"], shown, say)
+    stages = _finished_stages(job)
+    if stages:
+        model = load_pruned(_stage_folder(job, len(stages)) / "model").to(job.source.find_device())
+    for number in range(len(stages) + 1, len(job.stages) + 1):
+        stages.append(_run_stage(job, number, model, data, dense, shown, say))
+        if number < len(job.stages):
+            _save(job, model, data, dense, stages, _stage_folder(job, number) / "model")
 
-    _save(job, model, data, plan, metrics)
+    metrics = _save(job, model, data, dense, stages, job.out)
     shutil.rmtree(job.work)
     say(f"saved {job.out}; load it with dscore_plugin.load_pruned({str(job.out)!r})")
     return metrics
+
+
+def _run_stage(
+    job: PruneJob,
+    number: int,
+    model: nn.Module,
+    data: ImageData,
+    dense: dict[str, Any],
+    progress: Progress,
+    say: Say,
+) -> dict[str, Any]:
+    """Choose, remove, measure, recalibrate, fine-tune; return the stage's plan and numbers."""
+    work = _stage_folder(job, number)
+    plan = _plan(job, number, model, data, dense, work, progress, say)
+    plan.save(work / "plan.json")
+    say(str(plan))
+    plan.apply(model)
+    stage: dict[str, Any] = {"plan": plan.to_dict(), "pruned": measure(model, data, progress)}
+    training = job.training if number == len(job.stages) else job.round_training
+    stage["recalibrated"] = _recalibrated(job, model, data, stage["pruned"], progress)
+    stage["finetuned"] = _finetuned(
+        job, model, data, stage["pruned"], training, work / "finetune", progress, say
+    )
+    return stage
+
+
+def _stage_folder(job: PruneJob, number: int) -> Path:
+    return job.work if len(job.stages) == 1 else job.work / f"stage-{number}"
+
+
+def _finished_stages(job: PruneJob) -> list[dict[str, Any]]:
+    """Read what the stages before the last left behind, as far as an interrupted run came."""
+    for number in range(len(job.stages) - 1, 0, -1):
+        folder = _stage_folder(job, number) / "model"
+        if folder.exists():
+            return list(read_json(folder / "metrics.json")["stages"])
+    return []
 
 
 def run_plan(source: Source, choice: Choice, say: Say = lambda _: None) -> Plan:
@@ -306,19 +197,6 @@ def run_evaluate(folder: Path | None, source: Source, progress: Progress | None 
     return {**measure(model, data, progress or NoProgress()), "images": len(data.test)}
 
 
-def _check(job: PruneJob) -> None:
-    """Refuse what can be refused before any work starts."""
-    ensure_writable(job.out, job.force)
-    if job.plan is not None:
-        Plan.load(job.plan)
-    else:
-        job.choice.check()
-    if job.source.weights is None and _dense_epochs(job) < 1:
-        raise ModelError(
-            f"{job.source.model} has no weights; pass --weights FILE, or --dense-epochs N to train it first"
-        )
-
-
 def open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, resume: bool) -> None:
     """Make the folder of checkpoints, or go on with it.
 
@@ -332,7 +210,7 @@ def open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, re
     Raises:
         ArtifactError: if there is an unfinished run and neither is given, or it is another one.
     """
-    note, now = work / "job.json", _plain(identity)
+    note, now = work / "job.json", json.loads(json.dumps(identity))  # tuples are lists there
     if note.exists() and resume:
         before = read_json(note)
         different = [key for key in now if before.get(key) != now[key]]
@@ -352,23 +230,11 @@ def open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, re
     write_json(note, now)
 
 
-def _plain(content: dict[str, Any]) -> dict[str, Any]:
-    """Turn tuples into lists, as JSON does, so that two jobs can be compared."""
-    return {
-        key: _plain(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
-        for key, value in content.items()
-    }
-
-
-def _dense_epochs(job: PruneJob) -> int:
-    return DENSE_EPOCHS.get(job.source.data, 0) if job.dense_epochs is None else job.dense_epochs
-
-
 def _dense(job: PruneJob, model: nn.Module, data: ImageData, progress: Progress, say: Say) -> nn.Module:
     """Train the dense network, unless weights came with it."""
     if job.source.weights is None:
         base = job.training or TrainingConfig(epochs=1)
-        config = replace(base, epochs=_dense_epochs(job), learning_rate=0.1, warmup_epochs=0)
+        config = replace(base, epochs=job.dense_training(), learning_rate=0.1, warmup_epochs=0)
         say(f"no weights given: training {job.source.model} for {config.epochs} epochs")
         train(
             model,
@@ -382,24 +248,80 @@ def _dense(job: PruneJob, model: nn.Module, data: ImageData, progress: Progress,
     return model
 
 
-def _plan(job: PruneJob, model: nn.Module, data: ImageData, progress: Progress) -> Plan:
+def _plan(
+    job: PruneJob,
+    number: int,
+    model: nn.Module,
+    data: ImageData,
+    dense: dict[str, Any],
+    work: Path,
+    progress: Progress,
+    say: Say,
+) -> Plan:
     if job.plan:
         return Plan.load(job.plan)
-    return _choose(job.source, job.choice, model, data, job.work, progress=progress)
+    choice = job.stages[number - 1]
+    if job.rounds > 1:
+        choice = _for_round(job, choice, number, model, data, dense)
+    return _choose(job.source, choice, model, data, work, progress=progress, say=say)
+
+
+def _for_round(
+    job: PruneJob, choice: Choice, number: int, model: nn.Module, data: ImageData, dense: dict[str, Any]
+) -> Choice:
+    """Return the choice with what this round has to reach."""
+    goal, amount = choice.goal
+    left, things = 1.0, 0
+    if goal in ("target_macs", "target_params"):
+        macs, params = count(model, (_example(job.source, data),))
+        left = macs / dense["macs"] if goal == "target_macs" else params / dense["params"]
+    elif goal == "keep_layers":
+        from dscore_plugin.surgery.layers import find_branches
+
+        things = len(find_branches(model))
+    now = amount_in_round(goal, amount, number, job.rounds, left, things)
+    changed: dict[str, Any] = {goal: now if goal == "keep_layers" else min(now, 0.999)}
+    return replace(choice, **changed)
 
 
 def _choose(
-    source: Source, choice: Choice, model: nn.Module, data: ImageData, work: Path | None = None, **shown: Any
+    source: Source,
+    choice: Choice,
+    model: nn.Module,
+    data: ImageData,
+    work: Path | None = None,
+    *,
+    progress: Progress | None = None,
+    say: Say = lambda _: None,
 ) -> Plan:
-    """Make the plan; ``work`` takes what a sensitivity analysis has measured so far."""
-    options = {name: getattr(choice, name) for name in (*GOALS, "criterion", "ratio", "allocation", "layers")}
-    options |= {name: getattr(choice, name) for name in ("min_channels", "round_to", "latency_batch")}
+    """Make the plan; ``work`` takes what has been measured so far."""
+    info, (goal, amount) = choice.info, choice.goal
+    limits = {name: getattr(choice, name) for name in ("layers", "min_channels", "round_to", "latency_batch")}
+    if info.kind == "selector":
+        request = selection_request(
+            (_example(source, data),), choice.unit, goal, amount,
+            seed=source.seed, work=work, progress=progress or NoProgress(), say=say, **limits,
+        )  # fmt: skip
+        return info.build_selector(**choice.criterion_options).select(model, data, request)
+    if choice.unit == "kernel":
+        from dscore_plugin.selection.kernels import plan_kernels
+
+        scores = load_object(info.kernel_scores)(model, (_example(source, data),))
+        made_by = {"criterion": choice.criterion, "granularity": "kernel", goal: amount, "seed": source.seed}
+        return plan_kernels(model, (_example(source, data),), scores, ratio=amount, made_by=made_by)
+    options = {name: getattr(choice, name) for name in (*GOALS, "criterion", "ratio", "allocation")} | limits
     if choice.allocation == "sensitivity":
-        options["sensitivity"] = _table(source, choice, model, data, work, **shown)
+        options["sensitivity"] = _table(source, choice, model, data, work, progress=progress)
     if choice.analysis.rerank:
         options["rerank"] = choice.analysis.ratios
-    batches = _calibration(source, choice, data)
-    return plan_pruning(model, _example(source, data), batches=batches, seed=source.seed, **options)
+    return plan_pruning(
+        model,
+        _example(source, data),
+        batches=_calibration(source, choice, data),
+        criterion_options=choice.criterion_options,
+        seed=source.seed,
+        **options,
+    )
 
 
 def _table(
@@ -411,7 +333,9 @@ def _table(
     analysis, info = choice.analysis, get_criterion(choice.criterion)
     graph = PruningGraph(model, (_example(source, data),))
     batches = _calibration(source, choice, data)
-    scored = score_groups(graph, info, layers=choice.layers, batches=batches, seed=source.seed)
+    scored = score_groups(
+        graph, info, choice.criterion_options, layers=choice.layers, batches=batches, seed=source.seed
+    )
     if analysis.rerank:
         scored = rerank_groups(graph, info, scored, analysis.ratios)
     return sensitivity_analysis(
@@ -460,16 +384,22 @@ def _recalibrated(
 
 
 def _finetuned(
-    job: PruneJob, model: nn.Module, data: ImageData, pruned: dict[str, Any], progress: Progress, say: Say
+    job: PruneJob,
+    model: nn.Module,
+    data: ImageData,
+    pruned: dict[str, Any],
+    training: TrainingConfig | None,
+    checkpoint: Path,
+    progress: Progress,
+    say: Say,
 ) -> dict[str, Any] | None:
-    if job.training is None:
+    if training is None:
         return None
-    checkpoint = job.work / "finetune"
     result = train(
         model,
         data.train,
         data.validation,
-        job.training,
+        training,
         checkpoint=checkpoint,
         resume=job.resume,
         progress=progress,
@@ -478,40 +408,42 @@ def _finetuned(
     return {**pruned, "top1": evaluate(model, data.test, progress=progress).top1}
 
 
-def _save(job: PruneJob, model: nn.Module, data: ImageData, plan: Plan, metrics: dict[str, Any]) -> None:
-    stages = {"before": metrics["dense"], "after": metrics["pruned"]}
+def _save(
+    job: PruneJob,
+    model: nn.Module,
+    data: ImageData,
+    dense: dict[str, Any],
+    stages: list[dict[str, Any]],
+    folder: Path,
+) -> dict[str, Any]:
+    """Save the artifact as it is after these stages; return its metrics."""
+    *_, last = stages
+    metrics = {"dense": dense, **{key: last[key] for key in ("pruned", "recalibrated", "finetuned")}}
+    if len(job.stages) > 1:
+        metrics["stages"] = stages
+    plans = [Plan.from_dict(stage["plan"]) for stage in stages]
+    removals = [removal for plan in plans for removal in plan.removals]
     save_pruned(
         model,
-        job.out,
+        folder,
         architecture=job.source.model,
-        model_args={
-            "num_classes": data.num_classes,
-            "in_chans": data.input_shape[0],
-            **job.source.model_args,
-        },
+        model_args=job.source.arguments(data),
         input_shape=data.input_shape,
-        plan=plan.to_dict(),
-        history=[[r.layer, True, list(r.channels)] for r in plan.removals],
-        criterion=plan.made_by.get("criterion"),
-        numbers={when: {key: stage[key] for key in ("macs", "params")} for when, stage in stages.items()},
+        plan=last["plan"] if len(stages) == 1 else {"stages": [stage["plan"] for stage in stages]},
+        history=[[r.layer, True, list(r.channels)] for r in removals if isinstance(r, ChannelRemoval)],
+        criterion=plans[-1].made_by.get("criterion"),
+        numbers={
+            when: {key: stage[key] for key in ("macs", "params")}
+            for when, stage in (("before", dense), ("after", last["pruned"]))
+        },
         metrics=metrics,
-        report=lambda folder: report_markdown(
-            read_json(folder / "pruned_structure.json"),
+        report=lambda partial: report_markdown(
+            read_json(partial / "pruned_structure.json"),
             metrics,
-            sizes=file_sizes(folder),
+            sizes=file_sizes(partial),
             command=job.command,
             folder=str(job.out),
         ),
         force=job.force,
     )
-
-
-def default_out(model: str, criterion: str) -> Path:
-    """Return where an artifact goes if nobody says."""
-    return Path("runs") / f"{model}-{criterion}"
-
-
-def require_one(folder: Path | None, model: str | None) -> None:
-    """Refuse an evaluation of nothing, or of two things at once."""
-    if (folder is None) == (model is None):
-        raise BudgetError("name either an artifact's folder or --model with --weights")
+    return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -32,6 +33,11 @@ class ChannelRemoval:
     layer: str
     channels: tuple[int, ...]
 
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """What leaves, counted within the layer."""
+        return self.channels
+
 
 @dataclass(frozen=True)
 class InputRemoval:
@@ -46,14 +52,59 @@ class InputRemoval:
     layer: str
     channels: tuple[int, ...]
 
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """What leaves, counted within the layer."""
+        return self.channels
 
-Removal = ChannelRemoval | InputRemoval
-_REMOVALS: dict[str, type[Removal]] = {kind.type: kind for kind in (ChannelRemoval, InputRemoval)}
+
+@dataclass(frozen=True)
+class LayerRemoval:
+    """A residual branch that leaves whole; its shortcut remains.
+
+    Attributes:
+        layer: qualified name of the block that holds the branch.
+    """
+
+    type: ClassVar[str] = "layers"
+    layer: str
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """A branch counts as one thing."""
+        return (0,)
+
+
+@dataclass(frozen=True)
+class KernelRemoval:
+    """Kernels, each the connection of one input channel with one output channel, that leave a convolution.
+
+    Attributes:
+        layer: qualified name of the convolution.
+        kernels: their places, sorted: ``o * (in_channels / groups) + c`` for output ``o`` and input ``c`` of its group.
+    """
+
+    type: ClassVar[str] = "kernels"
+    layer: str
+    kernels: tuple[int, ...]
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """What leaves, counted within the layer."""
+        return self.kernels
+
+
+Removal = ChannelRemoval | InputRemoval | LayerRemoval | KernelRemoval
+_KINDS: tuple[type[Removal], ...] = (ChannelRemoval, InputRemoval, LayerRemoval, KernelRemoval)
+_REMOVALS: dict[str, type[Removal]] = {kind.type: kind for kind in _KINDS}
 # What carries each type out, in this order: DepGraph then refuses to prune a stream whose channels are selected.
 _EXECUTORS = {
     "inputs": "dscore_plugin.surgery.inputs:remove_inputs",
     "channels": "dscore_plugin.integrations.torch_pruning.removal:remove_channels",
+    "layers": "dscore_plugin.surgery.layers:carry_out",
+    "kernels": "dscore_plugin.surgery.kernels:carry_out",
 }
+_MADE_ALONE = ("layers", "kernels")  # what other removals would rename or renumber
 
 
 @dataclass(frozen=True)
@@ -61,8 +112,8 @@ class LayerRow:
     """One line of the plan's table, as it was when the plan was made.
 
     Attributes:
-        layer: qualified name of the group's root layer.
-        channels: its output channels before pruning.
+        layer: qualified name of the group's root layer, or of what else leaves as one removal.
+        channels: its output channels before pruning (the kernels of a convolution; 1 for a residual branch).
         score_min: the lowest score of its channels.
         score_max: the highest.
         score_cut: the highest score among those that leave, None where none does.
@@ -104,7 +155,7 @@ class Plan:
     def apply(
         self, model: nn.Module, example_inputs: tuple[Any, ...] | None = None, *, strict: bool = True
     ) -> nn.Module:
-        """Remove what the plan names from ``model``, in place: channels through DepGraph, inputs by selection.
+        """Remove what the plan names from ``model``, in place, and with it what is tied to it.
 
         Args:
             model: the network that the plan was made for.
@@ -126,16 +177,17 @@ class Plan:
         if example_inputs is None:
             like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
             example_inputs = (like.new_zeros(1, *self.input_shape),)
+        alone = any(removal.type in _MADE_ALONE for removal in self.removals)
         with rolled_back_on_error(model):
             for kind, executor in _EXECUTORS.items():
                 removals = [removal for removal in self.removals if removal.type == kind]
-                if removals or kind == ChannelRemoval.type:
+                if removals or (kind == ChannelRemoval.type and not alone):
                     load_object(executor)(model, example_inputs, removals)
         return model
 
     def removed(self, layer: str) -> tuple[int, ...]:
-        """Return the channels that leave ``layer``."""
-        return next((r.channels for r in self.removals if r.layer == layer), ())
+        """Return the channels (kernels; 0 for a residual branch) that leave ``layer``."""
+        return next((r.indices for r in self.removals if r.layer == layer), ())
 
     def with_removed(self, layer: str, channels: Iterable[int]) -> Plan:
         """Return a copy in which exactly ``channels`` leave ``layer``; an empty list keeps it whole.
@@ -153,7 +205,7 @@ class Plan:
         if chosen and not 0 <= chosen[0] <= chosen[-1] < row.channels:
             raise PlanError(f"{layer!r} has channels 0..{row.channels - 1}; got {chosen[0]}..{chosen[-1]}")
         others = [r for r in self.removals if r.layer != layer]
-        removals = (*others, _REMOVALS[row.type](layer, chosen)) if chosen else tuple(others)
+        removals = (*others, _make(row.type, layer, chosen)) if chosen else tuple(others)
         return replace(self, removals=removals, macs=(self.macs[0], 0), params=(self.params[0], 0))
 
     def difference(self, other: Plan) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -209,7 +261,7 @@ class Plan:
         if version != FORMAT_VERSION:
             raise PlanError(f"expected a plan of format version {FORMAT_VERSION}, got {version!r}")
         try:
-            removals = tuple(_removal(entry) for entry in content["removals"])
+            removals = tuple(read_removal(entry) for entry in content["removals"])
             macs, params = (tuple(int(x) for x in content[key]) for key in ("macs", "params"))
             plan = Plan(
                 str(content["fingerprint"]),
@@ -227,6 +279,9 @@ class Plan:
         layers = [r.layer for r in removals]
         if len(set(layers)) < len(layers):
             raise PlanError("the plan names a layer twice; put all of its channels into one entry")
+        types = {removal.type for removal in removals}
+        if len(types) > 1 and types & set(_MADE_ALONE):
+            raise PlanError(f"the plan mixes {' and '.join(sorted(types))}; apply one plan after the other")
         return plan
 
     def __str__(self) -> str:
@@ -249,15 +304,42 @@ class Plan:
 def _entry(item: Removal | LayerRow) -> dict[str, Any]:
     """Return a removal or a row as JSON: its type is written only where it is not channels."""
     content = {**asdict(item), "type": item.type}
+    if isinstance(item, KernelRemoval):
+        content["kernels"] = _to_bits(item.kernels)
     if item.type == ChannelRemoval.type:
         del content["type"]
     return content
 
 
-def _removal(content: Any) -> Removal:
-    return _kind(content.get("type", ChannelRemoval.type))(
-        str(content["layer"]), _indices(content["channels"], content["layer"])
-    )
+def read_removal(content: Any) -> Removal:
+    """Build a removal from plain JSON values, as a plan's ``removals`` hold them."""
+    kind, layer = _kind(content.get("type", ChannelRemoval.type)), str(content["layer"])
+    if kind is LayerRemoval:
+        return LayerRemoval(layer)
+    if kind is KernelRemoval:
+        return KernelRemoval(layer, _from_bits(content["kernels"]))
+    return _make(kind.type, layer, _indices(content["channels"], layer))
+
+
+def _make(kind: str, layer: str, indices: tuple[int, ...]) -> Removal:
+    if kind == LayerRemoval.type:
+        return LayerRemoval(layer)
+    made: Removal = _REMOVALS[kind](layer, indices)  # type: ignore[call-arg]
+    return made
+
+
+def _to_bits(places: tuple[int, ...]) -> str:
+    """Write places as base64 of a bit for each: networks have millions of kernels."""
+    bits = torch.zeros(8 * ((max(places, default=-1) + 8) // 8), dtype=torch.uint8)
+    bits[list(places)] = 1
+    packed = (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
+    return base64.b64encode(packed.numpy().tobytes()).decode("ascii")
+
+
+def _from_bits(text: Any) -> tuple[int, ...]:
+    packed = torch.tensor(list(base64.b64decode(text, validate=True)), dtype=torch.uint8)
+    bits = (packed.view(-1, 1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return tuple(bits.flatten().nonzero().flatten().tolist())
 
 
 def _kind(name: Any) -> type[Removal]:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from dscore_plugin.registry import CriterionInfo, get_criterion, load_object
 from dscore_plugin.report.numbers import latency
 from dscore_plugin.selection.allocation import Counts, GlobalPath, Limits, Path, UniformPath, total
 from dscore_plugin.selection.budget import Measure, check_fraction, meet, meet_latency
+from dscore_plugin.selection.selector import Request
 from dscore_plugin.selection.sensitivity import Sensitivity, SensitivityPath, reranked
+from dscore_plugin.training.progress import NoProgress, Progress
 
 GOALS = ("target_macs", "target_params", "target_latency", "threshold", "max_drop")
 ALLOCATIONS = ("uniform", "global", "sensitivity")
@@ -131,6 +134,60 @@ def plan_pruning(
     if goal == "target_latency":
         made_by["latency_batch"] = latency_batch
     return build_plan(graph, scored, counts, made_by)
+
+
+def selection_request(
+    example_inputs: tuple[Any, ...],
+    granularity: str,
+    goal: str,
+    amount: float,
+    *,
+    layers: str = "all",
+    ignored_layers: Sequence[nn.Module] = (),
+    min_channels: int = 1,
+    round_to: int | None = None,
+    latency_batch: int = 1,
+    seed: int = 0,
+    work: FilePath | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Request:
+    """Put together what a selector is asked for.
+
+    Args:
+        example_inputs: the arguments of one forward pass.
+        granularity: ``"channel"``, ``"kernel"`` or ``"layer"``.
+        goal: ``"ratio"``, ``"target_macs"``, ``"target_params"``, ``"target_latency"`` or ``"keep_layers"``.
+        amount: its value.
+        layers: ``"all"`` groups, or ``"inner"``, as in :func:`plan_pruning`.
+        ignored_layers: modules whose channels stay.
+        min_channels: channels that every layer keeps at least.
+        round_to: make the channels that remain a multiple of it.
+        latency_batch: images at a time, for ``target_latency``.
+        seed: of everything random.
+        work: a folder for checkpoints.
+        progress: shows bars.
+        say: takes a line of news now and then.
+
+    Raises:
+        BudgetError: if ``layers`` is unknown.
+    """
+    _check_choice("layers", layers, LAYERS)
+
+    def trace(model: nn.Module) -> PruningGraph:
+        return PruningGraph(model, example_inputs, ignored_layers)
+
+    def allot(graph: Any, scored: Sequence[ScoredGroup]) -> Counts:
+        limits = Limits(scored, min_channels, round_to)
+        return _Search(graph, scored, limits, None, latency_batch).counts("uniform", goal, amount)
+
+    return Request(
+        example_inputs, granularity, goal, amount, seed, work, progress or NoProgress(), say,
+        trace=trace,
+        groups=lambda graph: [g for g in graph.prunable if layers == "all" or g.is_inner],
+        allot=allot,
+        write=build_plan,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def score_groups(
@@ -248,7 +305,8 @@ def check_goals(goals: Mapping[str, float | None], allocation: str) -> tuple[str
     """Return the one goal that is given, and its value.
 
     Args:
-        goals: ``ratio``, ``target_macs``, ``target_params``, ``target_latency``, ``threshold``, ``max_drop``.
+        goals: ``ratio``, ``target_macs``, ``target_params``, ``target_latency``, ``threshold``, ``max_drop``, and
+            ``keep_layers`` where layers leave.
         allocation: ``threshold`` and ``max_drop`` need ``"sensitivity"``.
 
     Raises:
@@ -259,7 +317,10 @@ def check_goals(goals: Mapping[str, float | None], allocation: str) -> tuple[str
     if len(given) != 1:
         raise BudgetError(f"give exactly one of {', '.join(goals)}; got {' and '.join(given) or 'none'}")
     ((name, value),) = given.items()
-    if name not in ("threshold", "max_drop"):
+    if name == "keep_layers":
+        if value < 1:
+            raise BudgetError(f"keep_layers must be at least 1, got {value:g}")
+    elif name not in ("threshold", "max_drop"):
         check_fraction(name, value)
     elif not 0 < value < 100:
         raise BudgetError(f"{name} must lie between 0 and 100 percent (exclusive), got {value:g}")

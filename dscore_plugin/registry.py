@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module, metadata
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dscore_plugin.errors import CriterionError, did_you_mean
+
+if TYPE_CHECKING:
+    from dscore_plugin.selection.selector import Selector
 
 Kind = Literal["score", "data_score", "trained", "selector"]
 Granularity = Literal["channel", "kernel", "layer"]
@@ -36,9 +39,12 @@ class CriterionInfo:
         arxiv: the paper's arXiv id, or its venue where it has none.
         granularity: what it can prune.
         summary: one line.
-        importance: ``module:attribute`` of its importance class for Torch-Pruning.
-        options: keyword arguments of that class.
+        importance: ``module:attribute`` of its importance class for Torch-Pruning; empty where it only searches.
+        options: keyword arguments of that class, or of the selector.
         function: ``module:attribute`` of its pure function, or an empty string.
+        selector: ``module:attribute`` of its :class:`~dscore_plugin.selection.selector.Selector`; kind ``selector``.
+        kernel_scores: ``module:attribute`` of a function ``(model, example_inputs) -> {layer: scores}`` that scores
+            the kernels of every convolution, shape ``(out, in / groups)``; granularity ``kernel``.
         needs_data: whether it looks at images.
         needs_gradients: whether it needs a backward pass.
         needs_batchnorm: whether it reads batch norm's scales.
@@ -51,9 +57,11 @@ class CriterionInfo:
     arxiv: str
     granularity: tuple[Granularity, ...]
     summary: str
-    importance: str
+    importance: str = ""
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     function: str = ""
+    selector: str = ""
+    kernel_scores: str = ""
     needs_data: bool = False
     needs_gradients: bool = False
     needs_batchnorm: bool = False
@@ -67,6 +75,10 @@ class CriterionInfo:
             raise CriterionError(
                 f"criterion {self.name!r} has granularity {self.granularity}; expected some of {get_args(Granularity)}"
             )
+        if not (self.selector if self.kind == "selector" else self.importance):
+            raise CriterionError(
+                f"criterion {self.name!r} of kind {self.kind!r} names no class; set importance=, or selector="
+            )
 
     def build(self, **options: Any) -> Callable[[Any], Any]:
         """Return the importance object: called with a group of DepGraph's, it scores the group's channels.
@@ -77,19 +89,36 @@ class CriterionInfo:
         Raises:
             CriterionError: if an option is unknown or wrong, or the importance class cannot be imported.
         """
+        built: Callable[[Any], Any] = self._build(self.importance, "importance", options)
+        return built
+
+    def build_selector(self, **options: Any) -> Selector:
+        """Return the selector: its ``select(model, data, request)`` makes a plan.
+
+        Args:
+            **options: override those of the criterion.
+
+        Raises:
+            CriterionError: if an option is unknown or wrong, or the class cannot be imported.
+        """
+        built: Selector = self._build(self.selector, "selector", options)
+        return built
+
+    def _build(self, path: str, what: str, options: Mapping[str, Any]) -> Any:
+        if not path:
+            raise CriterionError(f"criterion {self.name!r} of kind {self.kind!r} has no {what}")
         try:
-            build = load_object(self.importance)
+            build = load_object(path)
         except (ImportError, AttributeError, ValueError) as error:
             raise CriterionError(
-                f"the importance {self.importance!r} of criterion {self.name!r} cannot be imported: {error}"
+                f"the {what} {path!r} of criterion {self.name!r} cannot be imported: {error}"
             ) from error
         try:
-            importance: Callable[[Any], Any] = build(**{**self.options, **options})
+            return build(**{**self.options, **options})
         except TypeError as error:
             raise CriterionError(
                 f"criterion {self.name!r} cannot take the options {options}: {error}"
             ) from error
-        return importance
 
 
 def load_object(path: str) -> Any:
@@ -99,6 +128,7 @@ def load_object(path: str) -> Any:
 
 
 _D_SCORE = "Park et al., D-Score: A Synapse-Inspired Approach for Filter Pruning"
+_ENERGY = "Soltani et al., On the Energy Statistics of Feature Maps in Pruning of Neural Networks with Skip-Connections"
 _BUILT_IN = (
     CriterionInfo(
         "d_score", "score", _D_SCORE, "2308.04470", ("channel",),
@@ -120,6 +150,29 @@ _BUILT_IN = (
         ("channel",), "batch norm's scale times the mean weight that reads the channel (made for sparse training)",
         f"{_INTEGRATION}:DependencyAwareImportance",
         function="dscore_plugin.criteria.dependency_aware:dependency_aware",
+    ),
+    CriterionInfo(
+        "coarse", "selector", "Anwar and Sung, Compact Deep Convolutional Neural Networks with Coarse Pruning",
+        "1610.09639", ("channel", "kernel"), "of N random masks over the whole network, the one that errs least",
+        selector="dscore_plugin.selection.coarse:CoarseSelector", function="dscore_plugin.criteria.coarse:draw_leaving",
+        needs_data=True,
+    ),
+    CriterionInfo(
+        "energy", "selector", _ENERGY, "2201.11209", ("layer",),
+        "residual branches, clustered by how far apart their feature maps of different classes lie",
+        selector="dscore_plugin.selection.energy:EnergySelector",
+        function="dscore_plugin.criteria.energy:layer_energy", needs_data=True,
+    ),
+    CriterionInfo(
+        "energy_rank", "selector", _ENERGY, "2201.11209", ("layer",),
+        "the baseline without clusters: the residual branches of the lowest energy scores leave",
+        options=MappingProxyType({"choice": "rank"}),
+        selector="dscore_plugin.selection.energy:EnergySelector", needs_data=True,
+    ),
+    CriterionInfo(
+        "random_layers", "selector", "none: the baseline that every criterion must beat", "-", ("layer",),
+        "random residual branches leave, by seed", options=MappingProxyType({"choice": "random"}),
+        selector="dscore_plugin.selection.energy:EnergySelector",
     ),
     CriterionInfo(
         "l1", "score", "Li et al., Pruning Filters for Efficient ConvNets", "1608.08710", ("channel",),

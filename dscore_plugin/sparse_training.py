@@ -26,8 +26,9 @@ from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write
 from dscore_plugin.groups import ScoredGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.integrations.torch_pruning.links import scored_layers
-from dscore_plugin.pipeline import Say, Source, measure, open_work
-from dscore_plugin.plan import InputRemoval, Plan
+from dscore_plugin.jobs import Source
+from dscore_plugin.pipeline import Say, measure, open_work
+from dscore_plugin.plan import ChannelRemoval, InputRemoval, Plan
 from dscore_plugin.planning import build_plan
 from dscore_plugin.report.numbers import file_sizes
 from dscore_plugin.report.plots import plot_sparsity
@@ -263,7 +264,7 @@ def _with_inputs(plan: Plan, graph: PruningGraph) -> Plan:
     inputs = {group.name for group in graph.inputs}
     return replace(
         plan,
-        removals=tuple(InputRemoval(r.layer, r.channels) if r.layer in inputs else r for r in plan.removals),
+        removals=tuple(InputRemoval(r.layer, r.indices) if r.layer in inputs else r for r in plan.removals),
         rows=tuple(replace(row, type=InputRemoval.type) if row.layer in inputs else row for row in plan.rows),
     )
 
@@ -338,14 +339,10 @@ def _save(
         model,
         job.out,
         architecture=job.source.model,
-        model_args={
-            "num_classes": data.num_classes,
-            "in_chans": data.input_shape[0],
-            **job.source.model_args,
-        },
+        model_args=job.source.arguments(data),
         input_shape=data.input_shape,
         plan=plan.to_dict(),
-        history=[[r.layer, True, list(r.channels)] for r in plan.removals if r.type != InputRemoval.type],
+        history=[[r.layer, True, list(r.channels)] for r in plan.removals if isinstance(r, ChannelRemoval)],
         criterion=METHODS[0],
         numbers={when: {key: stage[key] for key in ("macs", "params")} for when, stage in stages.items()},
         metrics=metrics,

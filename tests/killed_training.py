@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dscore_plugin.pipeline import Source
+from dscore_plugin.jobs import Source
 from dscore_plugin.sparse_training import SparsityGoal, TrainJob, paper_schedule, run_train
 from dscore_plugin.training.sparsity import DependencyAwareRegularizer
 

@@ -18,7 +18,8 @@ from dscore_plugin.errors import BudgetError, PlanError
 from dscore_plugin.files import read_json
 from dscore_plugin.groups import removal_count
 from dscore_plugin.models import create_model, load_weights
-from dscore_plugin.pipeline import Choice, PruneJob, Source, run_prune
+from dscore_plugin.jobs import Choice, PruneJob, Source
+from dscore_plugin.pipeline import run_prune
 from dscore_plugin.selection.sensitivity import Sensitivity
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.loop import train
@@ -128,7 +129,7 @@ def test_rerank_orders_step_by_step(model: torch.nn.Module) -> None:
 
 def test_prune_measures_the_table_itself(weights: Path, tmp_path: Path) -> None:
     choice = Choice(target_macs=0.5, allocation="sensitivity")
-    job = PruneJob(Source(weights=str(weights)), choice, tmp_path / "out", recalibrate=False)
+    job = PruneJob(Source(weights=str(weights)), (choice,), tmp_path / "out", recalibrate=False)
     metrics = run_prune(job)
     assert 0.45 <= metrics["pruned"]["macs"] / metrics["dense"]["macs"] <= 0.5
     plan = read_json(tmp_path / "out" / "pruned_structure.json")["plan"]

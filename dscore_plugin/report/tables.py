@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dscore_plugin.plan import read_removal
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -174,18 +176,24 @@ def _numbers(structure: Mapping[str, Any], metrics: Metrics) -> str:
 
 
 def _plan(plan: Mapping[str, Any] | None) -> str:
-    """How the plan was made, and what it took from each layer."""
+    """How each stage's plan was made, and what it took from each layer."""
     if not plan:
         return ""
+    stages = plan.get("stages") or [plan]
+    titles = ["## Plan"] if len(stages) == 1 else [f"## Plan of stage {n}" for n in range(1, len(stages) + 1)]
+    return "\n\n".join(_one_plan(title, stage) for title, stage in zip(titles, stages, strict=True))
+
+
+def _one_plan(title: str, plan: Mapping[str, Any]) -> str:
+    removals = [read_removal(entry) for entry in plan.get("removals") or ()]
     widths = {row["layer"]: row["channels"] for row in plan.get("rows") or ()}
-    rows = [["layer", "channels", "removed"]]
-    for removal in plan.get("removals") or ():
-        before, removed = widths.get(removal["layer"]), len(removal["channels"])
+    rows = [["layer", removals[0].type if removals else "channels", "removed"]]
+    for removal in removals:
+        before, removed = widths.get(removal.layer), len(removal.indices)
         left = f"{before} → {before - removed}" if before is not None else _NONE
-        rows.append([f"`{removal['layer']}`", left, str(removed)])
+        rows.append([f"`{removal.layer}`", left, str(removed)])
     made_by = _list((plan.get("made_by") or {}).items())
-    parts = [made_by, _markdown_table(rows) if len(rows) > 1 else ""]
-    return "\n\n".join(["## Plan", *filter(None, parts)])
+    return "\n\n".join([title, *filter(None, [made_by, _markdown_table(rows) if removals else ""])])
 
 
 def _layers(modules: Mapping[str, Mapping[str, Any]]) -> str:
