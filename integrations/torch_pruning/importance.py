@@ -68,6 +68,7 @@ class FilterImportance(torch_pruning_importance.Importance):
         layers = list(producers(group))
         if not layers:
             return None
+        layers = [layer for layer in layers if _is_trained(layer)] or layers
         if self.group_reduction == "first":
             layers = layers[:1]
         width = len(group[0].idxs)
@@ -174,6 +175,11 @@ class DependencyAwareImportance(torch_pruning_importance.Importance):
                 "the weights hold NaN or infinity; no channel can be scored: check the checkpoint"
             )
         return score / (largest or 1.0) + _apart(largest, len(score))
+
+
+def _is_trained(layer: Producer) -> bool:
+    """Whether a layer's filters were learnt; those of a fixed shortcut say nothing of the channels."""
+    return bool(layer.module.weight.requires_grad)
 
 
 def _reduce(scored: list[tuple[Producer, Tensor]], width: int, reduction: str) -> Tensor:

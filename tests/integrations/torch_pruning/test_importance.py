@@ -386,6 +386,23 @@ def test_scoring_keeps_the_group_and_the_gradients_as_they_are() -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_fixed_filters_beside_trained_ones_have_no_say() -> None:
+    model = Residual()
+    group = group_of(model, model.conv2, list(range(model.conv2.out_channels)))
+    both = DScoreImportance()(group)
+    others = [p.module for p in classes.producers(group) if p.module is not model.conv2]
+    assert others, "a residual sum has several producers"
+    for layer in others:
+        layer.weight.requires_grad_(False)
+    alone = DScoreImportance()(group)
+    assert not torch.allclose(alone, both, atol=1e-6)
+    torch.testing.assert_close(
+        alone, d_score(model.conv2.weight.detach()).double(), atol=1e-6, rtol=0
+    )  # up to what sets ties apart
+    model.requires_grad_(False)
+    torch.testing.assert_close(DScoreImportance()(group), both)
+
+
 def test_register_puts_the_classes_beside_torch_prunings_own() -> None:
     register()
     assert tp.importance.DScoreImportance is DScoreImportance
