@@ -92,6 +92,13 @@ def prune(
         str | None, typer.Option(metavar="E,E,...", help="Epochs of --schedule steps.", show_default=False)
     ] = None,
     label_smoothing: Annotated[float, typer.Option()] = 0.0,
+    distill: Annotated[
+        float, typer.Option(metavar="W", help="Learn from the dense network: share of its soft targets.")
+    ] = 0.0,
+    distill_temperature: Annotated[float, typer.Option(metavar="T", help="Of the soft targets.")] = 4.0,
+    distill_features: Annotated[
+        float, typer.Option(metavar="W", help="Weight of the dense network's attention maps.")
+    ] = 0.0,
     precision: Annotated[str, typer.Option(help="Of training: auto, float32 or bfloat16.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
     no_recalibrate: Annotated[
@@ -119,6 +126,8 @@ def prune(
         options["target_macs"] = 0.5
     choice = read_choice(options)
     checked_there: dict[str, Any] = {"schedule": schedule, "precision": precision}
+    checked_there |= {"distill": distill, "distill_temperature": distill_temperature}
+    checked_there["distill_features"] = distill_features
     checked_there["milestones"] = tuple(int(epoch) for epoch in numbers("--milestones", milestones))
 
     def training(epochs: int) -> TrainingConfig | None:

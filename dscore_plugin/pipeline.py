@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -57,6 +58,7 @@ def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda
     open_work(job.work, job.identity(), say, force=job.force, resume=job.resume)
 
     model = _dense(job, model, data, shown, say)
+    teacher = copy.deepcopy(model) if job.training and job.training.distils else None
     dense = measure(model, data, shown)
     say(f"dense: top-1 {dense['top1']:.2f} %, {dense['macs'] / 1e6:.1f} M MACs")
 
@@ -64,7 +66,7 @@ def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda
     if stages:
         model = load_pruned(_stage_folder(job, len(stages)) / "model").to(job.source.find_device())
     for number in range(len(stages) + 1, len(job.stages) + 1):
-        stages.append(_run_stage(job, number, model, data, dense, shown, say))
+        stages.append(_run_stage(job, number, model, teacher, data, dense, shown, say))
         if number < len(job.stages):
             _save(job, model, data, dense, stages, _stage_folder(job, number) / "model")
 
@@ -78,6 +80,7 @@ def _run_stage(
     job: PruneJob,
     number: int,
     model: nn.Module,
+    teacher: nn.Module | None,
     data: ImageData,
     dense: dict[str, Any],
     progress: Progress,
@@ -93,7 +96,7 @@ def _run_stage(
     training = job.training if number == len(job.stages) else job.round_training
     stage["recalibrated"] = _recalibrated(job, model, data, stage["pruned"], progress)
     stage["finetuned"] = _finetuned(
-        job, model, data, stage["pruned"], training, work / "finetune", progress, say
+        job, model, teacher, data, stage["pruned"], training, work / "finetune", progress, say
     )
     return stage
 
@@ -234,7 +237,14 @@ def _dense(job: PruneJob, model: nn.Module, data: ImageData, progress: Progress,
     """Train the dense network, unless weights came with it."""
     if job.source.weights is None:
         base = job.training or TrainingConfig(epochs=1)
-        config = replace(base, epochs=job.dense_training(), learning_rate=0.1, warmup_epochs=0)
+        config = replace(
+            base,
+            epochs=job.dense_training(),
+            learning_rate=0.1,
+            warmup_epochs=0,
+            distill=0.0,
+            distill_features=0.0,
+        )
         say(f"no weights given: training {job.source.model} for {config.epochs} epochs")
         train(
             model,
@@ -386,6 +396,7 @@ def _recalibrated(
 def _finetuned(
     job: PruneJob,
     model: nn.Module,
+    teacher: nn.Module | None,
     data: ImageData,
     pruned: dict[str, Any],
     training: TrainingConfig | None,
@@ -402,6 +413,7 @@ def _finetuned(
         training,
         checkpoint=checkpoint,
         resume=job.resume,
+        teacher=teacher,
         progress=progress,
     )
     say(f"fine-tuned for {len(result.history)} epochs")

@@ -116,3 +116,20 @@ def test_ratios_of_their_own_make_stages_and_exclude_a_goal() -> None:
     assert Choice(ratio=0.3).in_stages({"channel": None, "kernel": None}) == (Choice(ratio=0.3),)
     with pytest.raises(BudgetError, match="leave no room"):
         Choice(ratio=0.3).in_stages({"kernel": 0.5})
+
+
+def test_the_dense_network_teaches_every_stage(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught, train = [], pipeline.train
+
+    def note(model: Any, *rest: Any, teacher: Any = None, **options: Any) -> Any:
+        taught.append(teacher.state_dict() if teacher else None)
+        return train(model, *rest, teacher=teacher, **options)
+
+    monkeypatch.setattr(pipeline, "train", note)
+    epoch = TrainingConfig(epochs=1, batch_size=256, distill=0.5)
+    pipeline.run_prune(job(weights, tmp_path / "a", training=epoch, round_training=epoch))
+    dense = load_file(weights)
+    assert len(taught) == 2
+    assert all(torch.equal(state[key], dense[key]) for state in taught for key in dense)

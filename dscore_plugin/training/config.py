@@ -28,6 +28,10 @@ class TrainingConfig:
         gamma: the factor of ``"steps"``.
         warmup_epochs: epochs (a fraction is allowed) of linear rise to ``learning_rate``.
         label_smoothing: in ``[0, 1)``.
+        distill: share of the teacher's soft targets in the loss, in ``[0, 1]``; see
+            :class:`~dscore_plugin.training.distillation.Teacher`. 0 needs no teacher.
+        distill_temperature: of the soft targets, above 0.
+        distill_features: weight of the teacher's attention maps; 0 leaves them out.
         batch_size: the global batch, over all processes.
         precision: ``"auto"`` takes bfloat16 autocast where the hardware gains from it.
         seed: of the order of the images and of all random numbers.
@@ -48,6 +52,9 @@ class TrainingConfig:
     gamma: float = 0.1
     warmup_epochs: float = 0
     label_smoothing: float = 0.0
+    distill: float = 0.0
+    distill_temperature: float = 4.0
+    distill_features: float = 0.0
     batch_size: int = 128
     precision: PrecisionName = "auto"
     seed: int = 0
@@ -59,6 +66,11 @@ class TrainingConfig:
         self._check_choices()
         self._check_ranges()
         self._check_schedule()
+
+    @property
+    def distils(self) -> bool:
+        """Whether the run needs a teacher."""
+        return self.distill > 0 or self.distill_features > 0
 
     def _check_choices(self) -> None:
         for name, choices in {"schedule": get_args(Schedule), "precision": get_args(PrecisionName)}.items():
@@ -79,6 +91,9 @@ class TrainingConfig:
             "weight_decay": (0 <= self.weight_decay < math.inf, "a number >= 0"),
             "gamma": (0 < self.gamma <= 1, "a number in (0, 1]"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "a number in [0, 1)"),
+            "distill": (0 <= self.distill <= 1, "a number in [0, 1]"),
+            "distill_temperature": (0 < self.distill_temperature < math.inf, "a number > 0"),
+            "distill_features": (0 <= self.distill_features < math.inf, "a number >= 0"),
             "warmup_epochs": (0 <= self.warmup_epochs < self.epochs, "a number >= 0 and less than epochs"),
         }
         for name, (valid, expected) in ranges.items():

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from dscore_plugin.training.checkpoint import (
     save_checkpoint,
 )
 from dscore_plugin.training.config import TrainingConfig, learning_rate_at
+from dscore_plugin.training.distillation import Teacher, watched
 from dscore_plugin.training.evaluation import check_logits, count_correct, require_images
 from dscore_plugin.training.history import EpochRecord, TrainingResult
 from dscore_plugin.training.precision import Precision, choose_precision, set_memory_format
@@ -50,6 +51,7 @@ def train(
     checkpoint: Path | None = None,
     resume: bool = False,
     regularizer: Regularizer | None = None,
+    teacher: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> TrainingResult:
     """Train a classifier in place with stochastic gradient descent.
@@ -70,6 +72,8 @@ def train(
         checkpoint: folder that holds the last complete epoch, replaced atomically; None keeps nothing.
         resume: go on from ``checkpoint`` if it is there; without it an existing checkpoint is refused.
         regularizer: acts on the gradients of each step.
+        teacher: the network whose outputs are learnt, too, where ``config.distill`` or ``distill_features`` is above
+            0; it is not changed.
         progress: shows a bar; None shows nothing.
 
     Returns:
@@ -83,6 +87,10 @@ def train(
     """
     checkpoint = checkpoint and Path(checkpoint).resolve()  # renaming a link would leave its target behind
     _check_inputs(model, train_set, validation_set, checkpoint, resume)
+    if config.distils != (teacher is not None):
+        raise TrainingError(
+            "distillation needs a teacher and a weight: give teacher= and TrainingConfig(distill=...), or neither"
+        )
     accelerator = _new_accelerator()
     precision = choose_precision(config.precision, accelerator.device)
     config = replace(config, precision="bfloat16" if precision.bfloat16 else "float32")
@@ -92,7 +100,9 @@ def train(
     accelerator.wait_for_everyone()  # no process may write before every one has looked for a checkpoint
     shown = progress if progress and accelerator.is_main_process else NoProgress()
     with _placed(model, precision):
-        run = _Run(model, train_set, validation_set, config, accelerator, precision, regularizer, shown)
+        run = _Run(
+            model, train_set, validation_set, config, accelerator, precision, regularizer, shown, teacher
+        )
         history = run.restore(saved) if saved else []
         with shown.task("training", (config.epochs - len(history)) * run.steps) as advance:
             for epoch in range(len(history), config.epochs):
@@ -114,10 +124,14 @@ class _Run:
     precision: Precision
     regularizer: Regularizer | None
     progress: Progress
+    dense: InitVar[nn.Module | None] = None
+    teacher: Teacher | None = field(init=False)
     wrapped: nn.Module = field(init=False)  # the model, or its distributed wrapper
     optimizer: torch.optim.Optimizer = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, dense: nn.Module | None) -> None:
+        shares = (self.config.distill, self.config.distill_temperature, self.config.distill_features)
+        self.teacher = None if dense is None else Teacher(dense, *shares)
         optimizer = torch.optim.SGD(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=self.config.learning_rate,
@@ -221,12 +235,16 @@ class _Run:
         """
         inputs, labels = self.precision.place(inputs), labels.to(self.accelerator.device, non_blocking=True)
         with self.precision.autocast():
-            output = self.wrapped(inputs)
+            judgement = self.teacher.judge(self.model, inputs, counted) if self.teacher else None
+            with watched(self.model, judgement.layers if judgement else ()) as maps:
+                output = self.wrapped(inputs)
         logits = check_logits(output, labels).float()[:counted]
         labels = labels[:counted]
         loss = functional.cross_entropy(
             logits, labels, reduction="sum", label_smoothing=self.config.label_smoothing
         )
+        if judgement:
+            loss = judgement.loss(loss, logits, maps)
         self.accelerator.backward(loss * (self.accelerator.num_processes / size))  # processes are averaged
         right = (logits.argmax(dim=1) == labels).sum()
         sums = self.accelerator.reduce(torch.stack([loss.detach(), right.to(loss.dtype)]), "sum").cpu()
