@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dscore_plugin.artifact import load_pruned, save_pruned
+    from dscore_plugin.integrations.torch_pruning.discrimination_aware import (
+        DiscriminationAwareImportance,
+        DiscriminationAwarePruner,
+    )
     from dscore_plugin.integrations.torch_pruning.importance import (
         DependencyAwareImportance,
         DScoreImportance,
         DStepGMImportance,
         DStepImportance,
     )
+    from dscore_plugin.integrations.torch_pruning.synaptic import SynapticStrengthImportance
     from dscore_plugin.plan import Plan
     from dscore_plugin.planning import plan_pruning, prune
     from dscore_plugin.registry import CriterionInfo, get_criterion, list_criteria
@@ -38,6 +43,8 @@ _HOME = {
     "DStepGMImportance": _IMPORTANCE,
     "DStepImportance": _IMPORTANCE,
     "Plan": "dscore_plugin.plan",
+    "DiscriminationAwareImportance": "dscore_plugin.integrations.torch_pruning.discrimination_aware",
+    "DiscriminationAwarePruner": "dscore_plugin.integrations.torch_pruning.discrimination_aware",
     "get_criterion": "dscore_plugin.registry",
     "list_criteria": "dscore_plugin.registry",
     "load_pruned": "dscore_plugin.artifact",
@@ -45,6 +52,7 @@ _HOME = {
     "prune": "dscore_plugin.planning",
     "save_pruned": "dscore_plugin.artifact",
     "Sensitivity": "dscore_plugin.selection.sensitivity",
+    "SynapticStrengthImportance": "dscore_plugin.integrations.torch_pruning.synaptic",
     "sensitivity_analysis": "dscore_plugin.selection.sensitivity",
 }
 
@@ -54,8 +62,11 @@ __all__ = [
     "DScoreImportance",
     "DStepGMImportance",
     "DStepImportance",
+    "DiscriminationAwareImportance",
+    "DiscriminationAwarePruner",
     "Plan",
     "Sensitivity",
+    "SynapticStrengthImportance",
     "get_criterion",
     "list_criteria",
     "load_pruned",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -122,9 +123,9 @@ def prune(
 
     stages = {"channel": feature_map_ratio, "kernel": kernel_ratio}
     goals = [options[name] for name in GOAL_NAMES]
-    if plan is None and all(goal is None for goal in (*goals, *stages.values())):
-        options["target_macs"] = 0.5
     choice = read_choice(options)
+    if all(goal is None for goal in (*goals, *stages.values())) and not choice.info.stops_by_itself:
+        choice = replace(choice, target_macs=0.5)
     checked_there: dict[str, Any] = {"schedule": schedule, "precision": precision}
     checked_there |= {"distill": distill, "distill_temperature": distill_temperature}
     checked_there["distill_features"] = distill_features

@@ -220,7 +220,9 @@ def _search(of: type, text: str, **more: Any) -> tuple[Any, None]:
 
 # Of criteria that search; those that are given become arguments of the criterion.
 SEARCH: Options = {
-    "selection_images": _search(int, "dcp: training images that channels are chosen on.", min=1),
+    "selection_images": _search(
+        int, "dcp: training images to choose by; coarse: validation images; energy: training images.", min=1
+    ),
     "channels_per_step": _search(int, "dcp: channels added at a time; the paper's 1 by default.", min=1),
     "head_epochs": _search(int, "dcp: epochs of fine-tuning with the additional heads.", min=0),
     "candidates": _search(str, "coarse: random masks to draw, or auto."),

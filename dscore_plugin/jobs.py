@@ -145,7 +145,12 @@ class Choice:
 
     @property
     def goal(self) -> tuple[str, float]:
-        """The goal that is given, and its value; raise BudgetError if there is not exactly one."""
+        """The goal that is given, and its value; raise BudgetError if there is not exactly one.
+
+        A criterion that stops by itself needs none: ``("adapt", 0)``.
+        """
+        if self.info.stops_by_itself and all(value is None for value in self.goals.values()):
+            return "adapt", 0.0
         return check_goals(self.goals, self.allocation)
 
     def in_stages(self, ratios: Mapping[str, float | None]) -> tuple[Choice, ...]:
@@ -250,7 +255,7 @@ class PruneJob:
         else:
             for choice in self.choices:
                 choice.check()
-                if self.rounds > 1 and choice.goal[0] in ("threshold", "max_drop"):
+                if self.rounds > 1 and choice.goal[0] in ("threshold", "max_drop", "adapt"):
                     raise BudgetError(
                         f"{choice.goal[0]} cannot be approached in rounds; give a share instead"
                     )

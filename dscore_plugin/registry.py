@@ -48,6 +48,7 @@ class CriterionInfo:
         needs_data: whether it looks at images.
         needs_gradients: whether it needs a backward pass.
         needs_batchnorm: whether it reads batch norm's scales.
+        stops_by_itself: whether it can do without a goal, which is then the most that may leave.
         baseline: whether it is Torch-Pruning's own, listed for comparison.
     """
 
@@ -65,6 +66,7 @@ class CriterionInfo:
     needs_data: bool = False
     needs_gradients: bool = False
     needs_batchnorm: bool = False
+    stops_by_itself: bool = False
     baseline: bool = False
 
     def __post_init__(self) -> None:
@@ -127,6 +129,7 @@ def load_object(path: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+_DCP = "Zhuang et al., Discrimination-aware Channel Pruning for Deep Neural Networks"
 _D_SCORE = "Park et al., D-Score: A Synapse-Inspired Approach for Filter Pruning"
 _ENERGY = "Soltani et al., On the Energy Statistics of Feature Maps in Pruning of Neural Networks with Skip-Connections"
 _BUILT_IN = (
@@ -158,6 +161,12 @@ _BUILT_IN = (
         needs_data=True,
     ),
     CriterionInfo(
+        "synaptic_strength", "score", "Lin et al., Synaptic Strength For Convolutional Neural Network", "1811.02454",
+        ("kernel", "channel"), "batch norm's scale times the norm of each kernel that reads the channel",
+        "dscore_plugin.integrations.torch_pruning.synaptic:SynapticStrengthImportance",
+        kernel_scores="dscore_plugin.integrations.torch_pruning.synaptic:kernel_scores",
+    ),
+    CriterionInfo(
         "energy", "selector", _ENERGY, "2201.11209", ("layer",),
         "residual branches, clustered by how far apart their feature maps of different classes lie",
         selector="dscore_plugin.selection.energy:EnergySelector",
@@ -173,6 +182,26 @@ _BUILT_IN = (
         "random_layers", "selector", "none: the baseline that every criterion must beat", "-", ("layer",),
         "random residual branches leave, by seed", options=MappingProxyType({"choice": "random"}),
         selector="dscore_plugin.selection.energy:EnergySelector",
+    ),
+    CriterionInfo(
+        "dcp", "selector", _DCP, "1810.11809", ("channel",),
+        "channels that lower a reconstruction and a classification loss most, taken one by one",
+        selector="dscore_plugin.selection.discrimination_aware:DiscriminationAwareSelector",
+        function="dscore_plugin.criteria.discrimination_aware:channel_scores", needs_data=True, needs_gradients=True,
+    ),
+    CriterionInfo(
+        "dcp_adapt", "selector", _DCP, "1810.11809", ("channel",),
+        "the same, until one more channel hardly lowers the loss",
+        options=MappingProxyType({"adapt": True}),
+        selector="dscore_plugin.selection.discrimination_aware:DiscriminationAwareSelector",
+        function="dscore_plugin.criteria.discrimination_aware:channel_scores", needs_data=True, needs_gradients=True,
+        stops_by_itself=True,
+    ),
+    CriterionInfo(
+        "discrimination_aware", "data_score", _DCP, "1810.11809", ("channel",),
+        "norm of the loss's gradient in the layers that read a channel, at once for all",
+        "dscore_plugin.integrations.torch_pruning.discrimination_aware:DiscriminationAwareImportance",
+        function="dscore_plugin.criteria.discrimination_aware:channel_scores", needs_data=True, needs_gradients=True,
     ),
     CriterionInfo(
         "l1", "score", "Li et al., Pruning Filters for Efficient ConvNets", "1608.08710", ("channel",),

@@ -9,9 +9,10 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
+from dscore_plugin.errors import PlanError
 from dscore_plugin.groups import ChannelGroup, Member, Role
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
-from dscore_plugin.masking import masked
+from dscore_plugin.masking import Masks, masked
 from tests.architectures import IMAGE, SMALL, randomised
 
 
@@ -193,3 +194,76 @@ def test_no_units_silence_nothing() -> None:
     expected = model(x)
     with masked(model, [(group, []) for group in PruningGraph(model, architecture.inputs).prunable]):
         assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_switched_masks_give_what_masks_give_and_leave_every_bit_as_it_was(name: str) -> None:
+    architecture = SMALL[name]
+    model, x = architecture.randomised(), torch.randn(3, *architecture.shape)
+    groups = PruningGraph(model, architecture.inputs).prunable
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    dense = model(x)
+    every_third = [(group, range(0, group.units - 1, 3)) for group in groups]
+    last = [(groups[-1], [groups[-1].units - 1])]
+    with Masks(model) as masks:
+        for silenced in (every_third, last, every_third):
+            with masked(model, silenced):
+                expected = model(x)
+            masks.silence(silenced)
+            assert masks.changed
+            assert torch.allclose(model(x), expected, atol=1e-5 * expected.abs().max().item())
+            masks.clear()
+            assert torch.equal(model(x), dense)
+        masks.silence(every_third)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not hooks(model)
+
+
+def test_a_weight_that_is_shared_or_treated_before_use_is_left_alone() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), Doubled(8, 8))
+    model[1].weight = model[0].weight
+    x = torch.randn(4, 8)
+    silenced = [(group(8, ("1", Role.CONSUMER), ("2", Role.CONSUMER)), GONE)]
+    with masked(model, silenced):
+        expected = model(x)
+    with Masks(model) as masks:
+        weights = [layer.weight.clone() for layer in model]
+        masks.silence(silenced)
+        assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model, weights, strict=True))
+        assert torch.equal(model(x), expected)
+    assert not hooks(model)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_silenced_kernels_are_zero_and_no_others(groups: int, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=groups)).to(memory_format=layout)
+    dense, inputs = model[0].weight.detach().clone(), 4 // groups
+    places = torch.tensor([0, 3, 4 * inputs + 1])
+    expected = dense.clone()
+    for place in places.tolist():
+        expected[place // inputs, place % inputs] = 0
+    with Masks(model) as masks:
+        masks.silence(kernels={"0": torch.tensor([1, 2])})
+        masks.silence(kernels={"0": places})
+        assert torch.equal(model[0].weight, expected)
+        assert masks.changed == (model[0],)
+    assert torch.equal(model[0].weight, dense)
+
+
+def test_kernels_that_are_not_there_are_refused_and_nothing_is_left_behind() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Linear(4, 4))
+    before = [p.clone() for p in model.parameters()]
+    for kernels, message in (
+        ({"0": torch.tensor([1]), "1": torch.tensor([0])}, "'1' is a Linear"),
+        ({"0": torch.tensor([24])}, "0..23; got 24"),
+    ):
+        with pytest.raises(PlanError, match=message), Masks(model) as masks:
+            masks.silence(kernels=kernels)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -96,6 +96,8 @@ def test_an_interrupted_run_goes_on_with_the_next_stage(
     ("choice", "rounds", "error", "message"),
     [
         (Choice(max_drop=2, allocation="sensitivity"), 2, BudgetError, "rounds"),
+        (Choice("dcp_adapt"), 2, BudgetError, "rounds"),
+        (Choice("dcp"), 1, BudgetError, "exactly one"),
         (Choice(ratio=0.5, granularity="layer"), 1, CriterionError, "prunes channels"),
         (Choice(keep_layers=3), 1, BudgetError, "keep_layers"),
         (Choice(ratio=0.5, keep_layers=3), 1, BudgetError, "exactly one"),

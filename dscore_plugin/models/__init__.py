@@ -12,9 +12,27 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dscore_plugin.errors import ModelError, did_you_mean
-from dscore_plugin.models import cifar_preresnet, cifar_resnet, cifar_vgg, digits
+from dscore_plugin.models import (
+    cifar_cnn_small,
+    cifar_densenet,
+    cifar_preresnet,
+    cifar_resnet,
+    cifar_resnet_wide,
+    cifar_vgg,
+    digits,
+)
 
-__all__ = ["cifar_preresnet", "cifar_resnet", "cifar_vgg", "create_model", "digits", "load_weights"]
+__all__ = [
+    "cifar_cnn_small",
+    "cifar_densenet",
+    "cifar_preresnet",
+    "cifar_resnet",
+    "cifar_resnet_wide",
+    "cifar_vgg",
+    "create_model",
+    "digits",
+    "load_weights",
+]
 
 # They name files or addresses to load from, and not always without pickle.
 _REFUSED_ARGUMENTS = frozenset({"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
