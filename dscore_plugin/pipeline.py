@@ -24,9 +24,12 @@ from dscore_plugin.plan import ChannelRemoval, Plan
 from dscore_plugin.planning import GOALS, plan_pruning, rerank_groups, score_groups, selection_request
 from dscore_plugin.registry import get_criterion, load_object
 from dscore_plugin.report.numbers import count, file_sizes, latency
+from dscore_plugin.report.pictures import draw_pictures
 from dscore_plugin.report.plots import plot_sensitivity
 from dscore_plugin.report.tables import report_markdown
+from dscore_plugin.selection.kernels import plan_kernels
 from dscore_plugin.selection.sensitivity import Sensitivity, check_ratios, sensitivity_analysis
+from dscore_plugin.surgery.layers import find_branches
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm
 from dscore_plugin.training.loop import train
@@ -286,8 +289,6 @@ def _for_round(
         macs, params = count(model, (_example(job.source, data),))
         left = macs / dense["macs"] if goal == "target_macs" else params / dense["params"]
     elif goal == "keep_layers":
-        from dscore_plugin.surgery.layers import find_branches
-
         things = len(find_branches(model))
     now = amount_in_round(goal, amount, number, job.rounds, left, things)
     changed: dict[str, Any] = {goal: now if goal == "keep_layers" else min(now, 0.999)}
@@ -314,8 +315,6 @@ def _choose(
         )  # fmt: skip
         return info.build_selector(**choice.criterion_options).select(model, data, request)
     if choice.unit == "kernel":
-        from dscore_plugin.selection.kernels import plan_kernels
-
         scores = load_object(info.kernel_scores)(model, (_example(source, data),))
         made_by = {"criterion": choice.criterion, "granularity": "kernel", goal: amount, "seed": source.seed}
         return plan_kernels(model, (_example(source, data),), scores, ratio=amount, made_by=made_by)
@@ -435,6 +434,13 @@ def _save(
         metrics["stages"] = stages
     plans = [Plan.from_dict(stage["plan"]) for stage in stages]
     removals = [removal for plan in plans for removal in plan.removals]
+
+    def report(partial: Path) -> str:
+        for number, plan in enumerate(plans, start=1):
+            draw_pictures(plan, partial, "" if len(plans) == 1 else f"_stage_{number}")
+        structure, sizes = read_json(partial / "pruned_structure.json"), file_sizes(partial)
+        return report_markdown(structure, metrics, sizes=sizes, command=job.command, folder=str(job.out))
+
     save_pruned(
         model,
         folder,
@@ -449,13 +455,7 @@ def _save(
             for when, stage in (("before", dense), ("after", last["pruned"]))
         },
         metrics=metrics,
-        report=lambda partial: report_markdown(
-            read_json(partial / "pruned_structure.json"),
-            metrics,
-            sizes=file_sizes(partial),
-            command=job.command,
-            folder=str(job.out),
-        ),
+        report=report,
         force=job.force,
     )
     return metrics

@@ -285,7 +285,9 @@ class Plan:
         return plan
 
     def __str__(self) -> str:
-        lines = [f"{'layer':<32} {'channels':>14} {'score range':>17} {'cut':>7} {'MACs saved':>12}"]
+        types = {row.type for row in self.rows}
+        heading = types.pop() if len(types) == 1 else "channels"
+        lines = [f"{'layer':<32} {heading:>14} {'score range':>17} {'cut':>7} {'MACs saved':>12}"]
         for row in self.rows:
             left = row.channels - len(self.removed(row.layer))
             scores = "" if row.score_min is None else f"{row.score_min:.3f} .. {row.score_max:.3f}"

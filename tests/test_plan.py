@@ -13,7 +13,7 @@ from torch import nn
 from dscore_plugin import Plan, plan_pruning
 from dscore_plugin.errors import ModelError, PlanError
 from dscore_plugin.integrations.torch_pruning.counting import count
-from dscore_plugin.plan import ChannelRemoval, fingerprint
+from dscore_plugin.plan import ChannelRemoval, KernelRemoval, LayerRemoval, LayerRow, fingerprint
 from tests.architectures import IMAGE, Residual, randomised
 
 X = torch.zeros(1, *IMAGE)
@@ -283,3 +283,25 @@ def test_a_plan_that_cannot_be_written(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PlanError, match="cannot be written"):
         plan.save(tmp_path / "file" / "plan.json")
+
+
+def test_kernels_and_layers_are_saved_edited_and_shown() -> None:
+    kernels = Plan("", (3, 8, 8), (KernelRemoval("conv", (0, 7, 8, 1000)),), (row("conv", 1001, "kernels"),))
+    again = Plan.from_dict(json.loads(json.dumps(kernels.to_dict())))
+    assert again == kernels
+    assert again.removed("conv") == (0, 7, 8, 1000)
+    assert again.with_removed("conv", [3]).removals == (KernelRemoval("conv", (3,)),)
+    assert "kernels" in str(again).splitlines()[0]
+    assert "1001 -> 997" in str(again)
+
+    layers = Plan("", (3, 8, 8), (LayerRemoval("layer1.0"),), (row("layer1.0", 1, "layers"),))
+    assert Plan.from_dict(layers.to_dict()) == layers
+    assert "1 -> 0" in str(layers)
+    assert layers.with_removed("layer1.0", []).removals == ()
+    mixed = {**layers.to_dict(), "removals": [*layers.to_dict()["removals"], {"layer": "a", "channels": [1]}]}
+    with pytest.raises(PlanError, match="mixes channels and layers"):
+        Plan.from_dict(mixed)
+
+
+def row(layer: str, size: int, kind: str) -> LayerRow:
+    return LayerRow(layer, size, None, None, None, 0, kind)

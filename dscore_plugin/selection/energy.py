@@ -30,7 +30,7 @@ from dscore_plugin.training.progress import Progress
 
 Choice = Literal["cluster", "rank", "random"]
 Keep = Literal["first", "last"]
-Labels = Literal["predicted", "true"]
+Labels = Literal["predicted", "ground_truth"]
 Measure = Literal["energy", "covariance", "correlation"]
 
 
@@ -46,7 +46,7 @@ class EnergySelector:
         choice: ``"cluster"``, or a baseline: ``"rank"`` keeps the k highest scores, ``"random"`` any k (by seed; no
             image is looked at).
         keep: of each cluster, the branch ``"first"`` behind the input, or the ``"last"``.
-        labels: ``"predicted"`` classes, as the abstract says, or the ``"true"`` ones, as the authors' code does.
+        labels: ``"predicted"`` classes, as the abstract says, or the ``"ground_truth"`` ones, as the authors' code does.
         measure: ``"energy"``, as the authors' code does, or squared distance ``"covariance"`` or ``"correlation"``,
             as the title may be read.
         standardize: divide the score by the square root of the number of elements of the map (not a correlation).
