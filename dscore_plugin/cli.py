@@ -287,6 +287,9 @@ Examples:
 
 `dscore train --model cifar_preresnet56 --data cifar10:PATH --sparsity dependency_aware --target 0.5 --epochs 160
 --out runs/sparse`
+
+`dscore train --model cifar_vgg16_bn --data cifar10:PATH --sparsity synaptic_strength --lambda 1e-4 --ratio 0.96
+--out runs/kernels`
 """
 
 
@@ -296,16 +299,45 @@ def train(
     out: Annotated[Path, typer.Option(help="The folder of the result.")],
     sparsity: Annotated[
         str | None,
-        typer.Option(metavar="METHOD", help="dependency_aware; default: dense.", show_default=False),
+        typer.Option(
+            metavar="METHOD",
+            help="dependency_aware or synaptic_strength; default: dense.",
+            show_default=False,
+        ),
     ] = None,
-    target: Annotated[float, typer.Option(help="Share of the scored channels to remove.")] = 0.5,
+    target: Annotated[
+        float, typer.Option(help="dependency_aware: share of the scored channels to remove.")
+    ] = 0.5,
     delta: Annotated[
         float | None, typer.Option(help="Step of lambda; default: the paper's, scaled.", show_default=False)
     ] = None,
     min_channels: Annotated[int, typer.Option(min=1, help="Channels that every layer keeps at least.")] = 8,
-    epochs: Annotated[int, typer.Option(min=1, help="Of each phase.")] = 160,
+    ratio: Annotated[float, typer.Option(help="synaptic_strength: share of the kernels to remove.")] = 0.9,
+    lambda_: Annotated[
+        float, typer.Option("--lambda", help="synaptic_strength: weight of the penalty; 1e-4 for VGG.")
+    ] = 1e-5,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R,R,...", help="synaptic_strength: other ratios to evaluate.", show_default=False
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of the training; default 160, with synaptic_strength 240.", show_default=False
+        ),
+    ] = None,
+    retrain_epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of the retraining; default --epochs, with synaptic_strength 50.", show_default=False
+        ),
+    ] = None,
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="At its peak.")] = 0.1,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Default 128; 64 with --sparsity.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Default 128; 64 with dependency_aware.")
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Default 5e-4; 1e-4 with --sparsity.")] = None,
     label_smoothing: Annotated[float, typer.Option()] = 0.0,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
@@ -317,20 +349,32 @@ def train(
 ) -> None:
     """Train a network."""
     from dscore_plugin.report.tables import print_metrics
-    from dscore_plugin.sparse_training import SparsityGoal, TrainJob, paper_schedule, run_train
+    from dscore_plugin.sparse_training import (
+        SparsityGoal,
+        TrainJob,
+        paper_schedule,
+        run_train,
+        unknown_method,
+    )
     from dscore_plugin.training.config import TrainingConfig
     from dscore_plugin.training.progress import RichProgress
+    from dscore_plugin.training.synaptic import SynapticGoal, synaptic_schedule
 
     given = {"batch_size": batch_size, "weight_decay": weight_decay}
     config: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     config |= {"learning_rate": learning_rate, "label_smoothing": label_smoothing, "precision": precision}
     config |= {"workers": workers, "seed": options["seed"]}
-    goal = None
+    goal: SparsityGoal | SynapticGoal | None = None
     if sparsity is None:
-        training = TrainingConfig(epochs, **config)
-    else:
-        sparse, training = paper_schedule(epochs, **config)
+        training = TrainingConfig(epochs or 160, **config)
+    elif sparsity == "dependency_aware":
+        sparse, training = paper_schedule(epochs or 160, retrain_epochs, **config)
         goal = SparsityGoal(target, sparse, sparsity, delta, min_channels=min_channels)
+    elif sparsity == "synaptic_strength":
+        sparse, training = synaptic_schedule(epochs or 240, retrain_epochs or 50, **config)
+        goal = SynapticGoal(ratio, sparse, lambda_, numbers("--sweep", sweep))
+    else:
+        raise unknown_method(sparsity)
     job = TrainJob(
         read_source(options),
         training,

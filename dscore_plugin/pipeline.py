@@ -23,12 +23,14 @@ from dscore_plugin.jobs import Choice, PruneJob, Source, amount_in_round
 from dscore_plugin.plan import ChannelRemoval, Plan
 from dscore_plugin.planning import GOALS, plan_pruning, rerank_groups, score_groups, selection_request
 from dscore_plugin.registry import get_criterion, load_object
+from dscore_plugin.report.kernel_numbers import kernel_numbers
 from dscore_plugin.report.numbers import count, file_sizes, latency
 from dscore_plugin.report.pictures import draw_pictures
 from dscore_plugin.report.plots import plot_sensitivity
 from dscore_plugin.report.tables import report_markdown
 from dscore_plugin.selection.kernels import plan_kernels
 from dscore_plugin.selection.sensitivity import Sensitivity, check_ratios, sensitivity_analysis
+from dscore_plugin.surgery.kernels import kernel_masks
 from dscore_plugin.surgery.layers import find_branches
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm
@@ -49,7 +51,8 @@ def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda
     Returns:
         The content of ``metrics.json``: ``dense``, ``pruned``, ``recalibrated`` and ``finetuned``, each with
         ``top1`` in percent, ``macs``, ``params`` and ``latency_ms``, or None where it was not run. The last three
-        are those of the last stage; where there are several, ``stages`` has those of each.
+        are those of the last stage; where there are several, ``stages`` has those of each. Where kernels are gone,
+        ``kernels`` has MACs and parameters with and without them.
 
     Raises:
         DScoreError: on bad input, before any work starts; or if the work fails, with what was finished kept.
@@ -432,6 +435,8 @@ def _save(
     metrics = {"dense": dense, **{key: last[key] for key in ("pruned", "recalibrated", "finetuned")}}
     if len(job.stages) > 1:
         metrics["stages"] = stages
+    if kernel_masks(model):
+        metrics["kernels"] = kernel_numbers(model, _example(job.source, data))
     plans = [Plan.from_dict(stage["plan"]) for stage in stages]
     removals = [removal for plan in plans for removal in plan.removals]
 

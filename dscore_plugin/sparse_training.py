@@ -39,8 +39,9 @@ from dscore_plugin.training.history import TrainingResult
 from dscore_plugin.training.loop import train
 from dscore_plugin.training.progress import NoProgress, Progress
 from dscore_plugin.training.sparsity import DependencyAwareRegularizer, ScoredLayer
+from dscore_plugin.training.synaptic import SynapticGoal
 
-METHODS = ("dependency_aware",)
+METHODS = ("dependency_aware", "synaptic_strength")
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,8 @@ class SparsityGoal:
 
     def check(self) -> None:
         """Refuse what can be refused without a model; raise a DScoreError."""
-        if self.method not in METHODS:
-            hint = did_you_mean(self.method, METHODS)
-            raise TrainingError(
-                f"sparsity training {self.method!r} is unknown; expected {' or '.join(METHODS)}{hint}"
-            )
+        if self.method != METHODS[0]:
+            raise unknown_method(self.method)
         if not 0 < self.target < 1:
             raise BudgetError(f"target must lie between 0 and 1 (exclusive), got {self.target:g}")
         if self.min_channels < 1 or not 0 < self.threshold < 1:
@@ -81,7 +79,15 @@ class SparsityGoal:
             raise TrainingError(f"delta must be a number > 0, got {self.delta:g}")
 
 
-def paper_schedule(epochs: int = 160, **options: Any) -> tuple[TrainingConfig, TrainingConfig]:
+def unknown_method(name: str) -> TrainingError:
+    """Say that there is no sparsity training of this name."""
+    hint = did_you_mean(name, METHODS)
+    return TrainingError(f"sparsity training {name!r} is unknown; expected {' or '.join(METHODS)}{hint}")
+
+
+def paper_schedule(
+    epochs: int = 160, retraining: int | None = None, **options: Any
+) -> tuple[TrainingConfig, TrainingConfig]:
     """Return the paper's two phases on CIFAR: the sparse training and the retraining.
 
     Both run stochastic gradient descent with momentum 0.9, weight decay 1e-4 and batches of 64 from a learning rate
@@ -89,7 +95,8 @@ def paper_schedule(epochs: int = 160, **options: Any) -> tuple[TrainingConfig, T
     after three quarters of the retraining. For SVHN the paper takes 40 epochs, with steps after 20 and 30.
 
     Args:
-        epochs: of each phase; the paper's 160.
+        epochs: of the sparse phase; the paper's 160.
+        retraining: epochs of the other; None takes as many.
         **options: other fields of both, such as ``seed`` or ``precision``.
 
     Raises:
@@ -99,10 +106,11 @@ def paper_schedule(epochs: int = 160, **options: Any) -> tuple[TrainingConfig, T
         epochs,
         **{"learning_rate": 0.1, "weight_decay": 1e-4, "batch_size": 64, "schedule": "constant", **options},
     )
-    milestones = tuple(sorted({epochs // 2, epochs * 3 // 4} - {0}))
+    later = epochs if retraining is None else retraining
+    milestones = tuple(sorted({later // 2, later * 3 // 4} - {0}))
     if not milestones:
-        return sparse, sparse
-    return sparse, replace(sparse, schedule="steps", milestones=milestones)
+        return sparse, replace(sparse, epochs=later)
+    return sparse, replace(sparse, epochs=later, schedule="steps", milestones=milestones)
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ class TrainJob:
         source: network, images, and the weights to begin with, if not random ones.
         training: of the dense network; with a sparsity goal, of the retraining after the removal.
         out: the folder of the result.
-        sparsity: None trains a dense network.
+        sparsity: what shall become sparse: channels, or kernels; None trains a dense network.
         force: replace an existing result.
         resume: go on with an interrupted run.
         command: the command line, for the report.
@@ -122,7 +130,7 @@ class TrainJob:
     source: Source
     training: TrainingConfig
     out: Path
-    sparsity: SparsityGoal | None = None
+    sparsity: SparsityGoal | SynapticGoal | None = None
     force: bool = False
     resume: bool = False
     command: str = ""
@@ -145,7 +153,8 @@ def run_train(job: TrainJob, progress: Progress | None = None, say: Say = lambda
 
     A dense run leaves ``model.safetensors``, ``history.json`` and ``metrics.json``. A sparse run leaves an artifact
     for :func:`dscore_plugin.load_pruned`, and in it ``sparsity.json``, ``.png`` and ``.svg`` (the trajectory) and
-    ``history.json`` (the retraining).
+    ``history.json`` (the retraining). A goal for kernels is handed on to
+    :func:`dscore_plugin.synaptic_training.run_synaptic`.
 
     Args:
         job: what to do.
@@ -160,6 +169,10 @@ def run_train(job: TrainJob, progress: Progress | None = None, say: Say = lambda
     Raises:
         DScoreError: on bad input, before any work starts; or if the work fails, with what was finished kept.
     """
+    if isinstance(job.sparsity, SynapticGoal):
+        from dscore_plugin.synaptic_training import run_synaptic
+
+        return run_synaptic(job, progress, say)
     shown = progress or NoProgress()
     ensure_writable(job.out, job.force)
     if job.sparsity is not None:
@@ -323,7 +336,7 @@ def _save(
     sparse: TrainingResult,
     retrained: TrainingResult,
 ) -> None:
-    assert job.sparsity is not None
+    assert isinstance(job.sparsity, SparsityGoal)
     threshold = job.sparsity.threshold
 
     def report(folder: Path) -> str:

@@ -151,6 +151,15 @@ def test_train_towards_sparsity(dscore: Run, tmp_path: Path) -> None:
     metrics = json.loads(out)
     assert metrics["pruned"]["macs"] < metrics["dense"]["macs"]
     assert load_pruned(tmp_path / "s") is not None
+    code, out, err = dscore(
+        "train", "--sparsity", "synaptic_strength", "--lambda", 1e-5, "--ratio", 0.6, "--sweep", "0.3,0.8",
+        "--epochs", 2, "--retrain-epochs", 1, "--out", "k", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    metrics = json.loads(out)
+    assert metrics["kernels"]["kernels"]["sparsity"] > 0.5
+    assert set(metrics["sweep"]) == {"0.6", "0.3", "0.8"}
+    assert json.loads(dscore("evaluate", "k", "--json")[1])["top1"] == metrics["finetuned"]["top1"]
     code, _, err = dscore("train", "--sparsity", "dependency", "--out", "t")
     assert code == 2
     assert "did you mean 'dependency_aware'" in err

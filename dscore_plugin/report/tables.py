@@ -85,6 +85,7 @@ def report_markdown(
         f"# {structure['architecture']}, pruned",
         _facts(structure),
         "## Numbers\n\n" + _numbers(structure, metrics),
+        _kernels(metrics.get("kernels")),
         _plan(structure.get("plan")),
         _layers(structure["modules"]),
         _files(sizes, dense_bytes),
@@ -173,6 +174,18 @@ def _numbers(structure: Mapping[str, Any], metrics: Metrics) -> str:
     for key in sorted(before.keys() & after.keys()):
         rows.append([key, _amount(before[key], None), _amount(after[key], before[key])])
     return _markdown_table(rows)
+
+
+def _kernels(numbers: Mapping[str, Mapping[str, float]] | None) -> str:
+    """What a network that has lost kernels would cost if zeros were free."""
+    if not numbers:
+        return ""
+    rows = [["", "of the tensors' shapes", "without the zero kernels"]]
+    for key in ("macs", "params", "kernels"):
+        physical, effective = numbers[key]["physical"], numbers[key]["effective"]
+        rows.append([key, _amount(physical, None), _amount(effective, physical)])
+    text = "The table above counts the tensors as they are; removed kernels are zeros in them."
+    return f"## Kernels\n\n{text}\n\n{_markdown_table(rows)}"
 
 
 def _plan(plan: Mapping[str, Any] | None) -> str:

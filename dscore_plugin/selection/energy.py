@@ -46,7 +46,7 @@ class EnergySelector:
         choice: ``"cluster"``, or a baseline: ``"rank"`` keeps the k highest scores, ``"random"`` any k (by seed; no
             image is looked at).
         keep: of each cluster, the branch ``"first"`` behind the input, or the ``"last"``.
-        labels: ``"predicted"`` classes, as the abstract says, or the ``"ground_truth"`` ones, as the authors' code does.
+        labels: ``"predicted"`` classes, as in the abstract, or the ``"ground_truth"``, as in the authors' code.
         measure: ``"energy"``, as the authors' code does, or squared distance ``"covariance"`` or ``"correlation"``,
             as the title may be read.
         standardize: divide the score by the square root of the number of elements of the map (not a correlation).

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dscore_plugin.errors import BudgetError, CriterionError, ModelError
+from dscore_plugin.errors import CriterionError, ModelError
 from dscore_plugin.groups import removal_count
 from dscore_plugin.plan import KernelRemoval, LayerRow, Plan, fingerprint
 from dscore_plugin.registry import load_object
@@ -80,7 +80,9 @@ def plan_kernel_ratios(
     convolutions = used_convolutions(model, example_inputs)
     chosen = prunable_kernels(convolutions, skip_first)
     if not chosen:
-        raise ModelError("no convolution has kernels to lose but the first; prune channels, or skip_first=False")
+        raise ModelError(
+            "no convolution has kernels to lose but the first; prune channels, or skip_first=False"
+        )
     ranked = _Ranked(chosen, [_checked(scores, c) for c in chosen], keep_at_least)
     image = next((x for x in example_inputs if isinstance(x, Tensor)), torch.empty(0))
     dense = _present_cost(model, example_inputs, convolutions)
@@ -93,7 +95,9 @@ def plan_kernel_ratios(
             Plan(
                 made,
                 tuple(image.shape[1:]),
-                tuple(KernelRemoval(c.name, places) for c, places in zip(chosen, gone, strict=True) if places),
+                tuple(
+                    KernelRemoval(c.name, places) for c, places in zip(chosen, gone, strict=True) if places
+                ),
                 tuple(rows),
                 (dense[0], dense[0] - saved[0]),
                 (dense[1], dense[1] - saved[1]),
@@ -152,9 +156,7 @@ def _checked(scores: Mapping[str, Tensor], convolution: Convolution) -> Tensor:
             f"the kernels of {convolution.name!r} need scores of shape {shape}, got {was}; score every convolution"
         )
     if not torch.isfinite(found).all():
-        raise CriterionError(
-            f"the scores of {convolution.name!r} hold NaN or infinity; check the checkpoint"
-        )
+        raise CriterionError(f"the scores of {convolution.name!r} hold NaN or infinity; check the checkpoint")
     row = found.detach().to("cpu", torch.float64).flatten()
     mask = getattr(convolution.module, "kernel_mask", None)
     return row if mask is None else torch.where(mask.flatten().cpu(), row, row.min().clamp(max=0))

@@ -21,6 +21,7 @@ from dscore_plugin.rollback import rolled_back_on_error
 
 if TYPE_CHECKING:
     from dscore_plugin.plan import KernelRemoval
+    from dscore_plugin.surgery.sparse_execution import SparseExecution
 
 MASK = "kernel_mask"
 
@@ -36,7 +37,7 @@ class KernelMasked(nn.Module):
     """
 
     kernel_mask: Tensor
-    weight: nn.Parameter
+    weight: Tensor
 
     def masked_weight(self) -> Tensor:
         """Return the weight with zeros for the removed kernels; gradients reach the others only."""
@@ -141,7 +142,7 @@ def remove_masks(model: nn.Module) -> nn.Module:
         if isinstance(module, KernelMasked):
             module._write_zeros()
             del module._buffers[MASK]
-            module.__class__ = _DENSE[type(module)]
+            module.__class__ = dense_class(module)  # type: ignore[assignment]
     return model
 
 
@@ -165,9 +166,7 @@ def carry_out(
     keep: dict[str, Tensor] = {}
     for removal in removals:
         if removal.layer in keep:
-            raise PlanError(
-                f"the plan names {removal.layer!r} twice; put all of its kernels into one entry"
-            )
+            raise PlanError(f"the plan names {removal.layer!r} twice; put all of its kernels into one entry")
         keep[removal.layer] = _keep_all_but(_convolution(model, removal.layer), removal)
     with rolled_back_on_error(model), _classes_kept_on_error(model):
         prune_kernels(model, keep).eval()
@@ -208,7 +207,9 @@ def _keep_all_but(module: nn.Module, removal: KernelRemoval) -> Tensor:
 def _convolution(model: nn.Module, name: str) -> nn.Module:
     found = dict(model.named_modules())
     if name not in found:
-        raise PlanError(f"the network has no layer {name!r}{did_you_mean(name, found) or '; make a new plan'}")
+        raise PlanError(
+            f"the network has no layer {name!r}{did_you_mean(name, found) or '; make a new plan'}"
+        )
     module = found[name]
     if not can_be_masked(module):
         raise PlanError(
@@ -220,7 +221,8 @@ def _convolution(model: nn.Module, name: str) -> nn.Module:
 
 
 def _check_mask(name: str, module: nn.Module, keep: Tensor) -> None:
-    shape = tuple(module.weight.shape[:2])  # type: ignore[union-attr,index]
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    shape = tuple(weight.shape[:2])
     if keep.dtype is not torch.bool or tuple(keep.shape) != shape:
         raise PlanError(
             f"the mask of {name!r} is {keep.dtype} of shape {tuple(keep.shape)}; expected torch.bool of shape {shape}"
@@ -242,3 +244,16 @@ def _put_mask(module: nn.Module, keep: Tensor) -> None:
 def _over(mask: Tensor, weight: Tensor) -> Tensor:
     """Shape a mask of kernels so that it multiplies the weight."""
     return mask.view(*mask.shape, *[1] * (weight.ndim - 2))
+
+
+def compile_sparse(model: nn.Module, example_inputs: Any, **options: Any) -> SparseExecution:
+    """Put each convolution on the backend that measures best here: see :mod:`~dscore_plugin.surgery.sparse_execution`.
+
+    Args:
+        model: a network that has lost kernels; it is copied.
+        example_inputs: of the size that will be run: a tensor, or a tuple of arguments.
+        **options: of :func:`dscore_plugin.surgery.sparse_execution.compile_sparse`.
+    """
+    from dscore_plugin.surgery import sparse_execution  # which builds on this module
+
+    return sparse_execution.compile_sparse(model, example_inputs, **options)
