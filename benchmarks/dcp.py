@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_time import cpu_name
+from load_time import command, cpu_name
 
 from dscore_plugin.datasets import load_data
 from dscore_plugin.files import write_json
@@ -138,19 +138,11 @@ def main() -> int:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": cpu_name(),
-        "command": " ".join(["python", "benchmarks/dcp.py", *relative(sys.argv[1:])]),
+        "command": command(),
     }
     write_json(options.out, result)
     print(f"ratios {[round(ratio, 2) for ratio in ratios]}, the same channels: {same_channels}")
     return 0 if within and same_channels else 1
-
-
-def relative(words: list[str]) -> list[str]:
-    """Leave folders out of a command: they are this machine's."""
-    return [
-        f"{word.partition(':')[0]}:PATH" if ":" in word else Path(word).name if "/" in word else word
-        for word in words
-    ]
 
 
 if __name__ == "__main__":

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dcp import relative
-from load_time import cpu_name
+from load_time import command, cpu_name
 from torch import nn
 
 from dscore_plugin.datasets import ImageData, load_data
@@ -140,7 +139,7 @@ def main() -> int:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": cpu_name(),
-        "command": " ".join(["python", "benchmarks/dcp_accuracy.py", *relative(sys.argv[1:])]),
+        "command": command(),
     }
     write_json(options.out, result)
     shutil.rmtree(work)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import platform
 import resource
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any
 
 import dcor
 import torch
-from load_time import cpu_name
+from load_time import command, cpu_name
 from torch import Tensor, nn
 
 from dscore_plugin.criteria.energy import energy_distance
@@ -77,7 +76,7 @@ def main() -> int:
     )
     result |= {
         "bounds": BOUNDS, "threads": arguments.threads, "cpu": cpu_name(), "python": platform.python_version(),
-        "torch": torch.__version__, "dcor_version": dcor.__version__, "command": shlex.join(sys.argv),
+        "torch": torch.__version__, "dcor_version": dcor.__version__, "command": command(),
     }  # fmt: skip
     print({key: value for key, value in result.items() if key != "scores"})
     if arguments.out:

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import platform
-import shlex
 import shutil
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from load_time import cpu_name
+from load_time import command, cpu_name
 from torch import nn
 
 from dscore_plugin.datasets import ImageData, load_data
@@ -94,7 +92,7 @@ def begin(arguments: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     return {
         **settings_of(arguments),
         "test_images": len(data.test), "top1_dense": evaluate(dense(arguments), data.test).top1, "cpu": cpu_name(),
-        "torch": torch.__version__, "python": platform.python_version(), "command": shlex.join(sys.argv), "cells": [],
+        "torch": torch.__version__, "python": platform.python_version(), "command": command(), "cells": [],
     }  # fmt: skip
 
 

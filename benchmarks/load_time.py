@@ -63,6 +63,13 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def command() -> str:
+    """Return the command line as anyone can repeat it: the folders of this machine are left out."""
+    words = [word.partition(":")[0] + ":PATH" if ":/" in word else word for word in sys.argv[1:]]
+    words = [Path(word).name if "/" in word else word for word in words]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
 def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
