@@ -11,6 +11,7 @@ for one distance, a branch needs nine of them, and there are 27 branches.
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import resource
 import sys
@@ -119,7 +120,9 @@ def compare(
         sizes = feature_map_sizes(model, example(), [outputs[name]])
         (part,) = feature_maps(model, images, sizes, progress=NoProgress())
         x, y = two_classes(part.values, part.predicted)
-        # given float32, dcor forms every difference of two maps (gigabytes); float64 goes through scipy
+        # dcor may form every difference of two maps at once: as many images as that leaves in 2 GiB
+        fit = math.isqrt(2**28 // x.shape[1])
+        x, y = x[:fit], y[:fit]
         arrays = x.double().numpy(), y.double().numpy()
         ours, our_seconds = timed(lambda x=x, y=y: energy_distance(x, y))
         theirs, their_seconds = timed(lambda arrays=arrays: float(dcor.energy_distance(*arrays)))

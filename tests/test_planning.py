@@ -339,7 +339,9 @@ def test_a_criterion_for_batch_norm_says_so_where_there_is_none() -> None:
         plan_pruning(architecture.randomised(), architecture.inputs, "bn_scale", ratio=0.5)
 
 
-@pytest.mark.parametrize("changes", [{"kind": "selector"}, {"kind": "trained"}, {"granularity": ("kernel",)}])
+@pytest.mark.parametrize(
+    "changes", [{"kind": "selector", "selector": "a:b"}, {"kind": "trained"}, {"granularity": ("kernel",)}]
+)
 def test_only_what_scores_channels_can_be_planned_with(changes: dict[str, Any]) -> None:
     fields = {**get_criterion("d_score").__dict__, **changes}
     with pytest.raises(CriterionError, match="scores no channels on its own"):

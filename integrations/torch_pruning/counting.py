@@ -20,6 +20,7 @@ from torch_pruning import ops
 from torch_pruning.utils import op_counter
 
 from dscore_plugin.costs import Cost, CostTerm
+from dscore_plugin.integrations.timm.adapters import channel_dim
 
 _NORMS = (ops.TORCH_BATCHNORM, ops.TORCH_LAYERNORM, ops.TORCH_GROUPNORM, ops.TORCH_INSTANCENORM)
 Formula = Callable[[nn.Module, tuple[Any, ...], Any], None]
@@ -87,9 +88,9 @@ class CallRecorder:
         ]
         try:
             for name, module in model.named_modules():
-                is_leaf = not any(True for _ in module.children())
+                is_leaf = not any(True for _ in module.children()) or channel_dim(module) is not None
                 formula = known.get(type(module)) if is_leaf else None
-                if formula is None and isinstance(module, _NORMS):
+                if formula is None and (isinstance(module, _NORMS) or channel_dim(module) is not None):
                     formula = op_counter.empty_flops_counter_hook  # the counter counts its parameters only
                 if formula is not None:
                     handles.append(module.register_forward_hook(self._hook(name, formula)))

@@ -10,23 +10,30 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch_pruning import ops
-from torch_pruning._helpers import GroupItem
-from torch_pruning.dependency import DependencyGraph, Group, index_mapping, shape_infer
+from torch_pruning.dependency import Group
 from torch_pruning.pruner import function
 
 from dscore_plugin.costs import Cost, CostTable, CostTerm
 from dscore_plugin.errors import CriterionError, ModelError
 from dscore_plugin.groups import ChannelGroup, Member, Role, ScoredGroup
+from dscore_plugin.integrations.timm import adapters
+from dscore_plugin.integrations.torch_pruning.channel_graph import (
+    ChannelGraph,
+    ExactGroup,
+    Permissions,
+)
 from dscore_plugin.integrations.torch_pruning.counting import CallRecorder, count, shares_one_weight
+from dscore_plugin.integrations.torch_pruning.mapping import Labels
+from dscore_plugin.integrations.torch_pruning.pruners import ChannelwisePruner
 from dscore_plugin.surgery.inputs import input_groups
 
-_NORMS = {ops.OPTYPE.BN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.IN, ops.OPTYPE.PRELU}
+_NORMS = {ops.OPTYPE.BN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.IN, ops.OPTYPE.PRELU, ops.OPTYPE.CUSTOMIZED}
 _LAYERS = {ops.OPTYPE.CONV, ops.OPTYPE.LINEAR, ops.OPTYPE.EMBED, ops.OPTYPE.MHA, ops.OPTYPE.LSTM}
-_SPLITS = (index_mapping._SplitIndexMapping, index_mapping._SliceIndexMapping)
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,7 @@ class PruningGraph:
         self._outputs = set(recorder.outputs)
         self._calls = {grad_fn: (name, call) for name, call, grad_fn in recorder.passing}
         self._names = {module: name for name, module in model.named_modules()}
+        self._kept, self._read = adapters.protected(model)
         self.depgroups: dict[str, Group] = {}
         self.groups = tuple(self._walk())
 
@@ -169,10 +177,11 @@ class PruningGraph:
             self.depgroups[group.name] = depgroup
             yield group
 
-    def _group(self, depgroup: Group) -> ChannelGroup:
+    def _group(self, depgroup: ExactGroup) -> ChannelGroup:
         root = self._names[depgroup[0].dep.target.module]
         channels = len(depgroup[0].idxs)
         division = math.lcm(1, *(_division(item.dep.target.module, item.dep.handler) for item in depgroup))
+        division = math.lcm(division, _tied(depgroup.tie) or 1)
         if channels % division:
             reason = f"{channels} channels do not divide into the {division} groups of a grouped layer"
             return ChannelGroup(root, channels, 1, (), protected=reason)
@@ -183,8 +192,6 @@ class PruningGraph:
     def _members(self, depgroup: Group, units: int) -> Iterator[Member]:
         for item in depgroup:
             node = item.dep.target
-            if any(root is None for root in item.root_idxs):
-                continue
             index, unit = torch.as_tensor(item.idxs), torch.as_tensor(item.root_idxs) % units
             role = self._role(node, item.dep.handler)
             # an activation, alone or inside timm's norm-and-activation, or a norm without weights
@@ -194,8 +201,7 @@ class PruningGraph:
                 yield Member(name, role, index, unit, width, call if counted == name else 0)
                 counted = "" if counted == name else counted
             if counted:
-                width = shape_infer.infer_out_channels_recursively(self.depgraph, node, [0]) or 0
-                yield Member(counted, Role.PASSING, index, unit, max(width, int(index.max()) + 1), call)
+                yield Member(counted, Role.PASSING, index, unit, item.width, call)
 
     def _identity(self, node: Any, role: Role) -> tuple[str, int]:
         """Return the qualified name of a layer or bare parameter, and the size of its channel dimension."""
@@ -217,93 +223,37 @@ class PruningGraph:
             return Role.PRODUCER if self.depgraph.is_out_channel_pruning_fn(handler) else Role.CONSUMER
         return None
 
-    def _protection(self, depgroup: Group, group: ChannelGroup) -> str:
+    def _protection(self, depgroup: ExactGroup, group: ChannelGroup) -> str:
         """Say why a group must stay, or return an empty string."""
         outs = group.roles(Role.PRODUCER, Role.DEPTHWISE, Role.NORM)
         ignored = next((m.module for m in outs if self.model.get_submodule(m.module) in self._ignored), None)
         if ignored is not None:
             return f"{ignored!r} is ignored"
-        if any(self._is_output(item) for item in depgroup):
+        kept = next(((self._kept | self._read)[m.module] for m in group.members if self._stays(m)), None)
+        if kept is not None:
+            return kept
+        if depgroup.is_output:
             return "its channels are an output of the network"
+        lost = next((reason for item in depgroup if (reason := _unprunable(item.dep.target.module))), "")
+        if depgroup.problem or lost:
+            return depgroup.problem or lost
         if not group.roles(Role.CONSUMER):
             return "no layer consumes its channels"
-        lost = next((reason for item in depgroup if (reason := self._lost_track(item))), "")
-        if lost:
-            return lost
         beyond = next((m.module for m in group.members if int(m.index.max()) >= m.width), None)
         if beyond is not None:
             return f"its channels reach {beyond!r} by a way that DepGraph cannot map"
         uneven = next((m.module for m in group.members if not self._is_even(m)), None)
         if uneven is not None:
             return f"its channels reach the groups of {uneven!r} in unequal positions"
-        if self._ties_units(depgroup, group):
+        if _tied(depgroup.tie) == 0:
             return "a reshape or a concatenation ties some of its channels to one another"
         return "it has a single unit" if group.units < 2 else ""
 
-    def _is_output(self, item: GroupItem) -> bool:
-        node = item.dep.target
-        emits = self.depgraph.is_out_channel_pruning_fn(item.dep.handler)  # and does not only consume
-        return emits and (node.type == ops.OPTYPE.OUTPUT or node.grad_fn in self._outputs)
-
-    def _lost_track(self, item: GroupItem) -> str:
-        """Say why DepGraph cannot follow the channels through a node, or cannot prune it; empty if it can."""
-        node = item.dep.target
-        if any(root is None for root in item.root_idxs):
-            return "DepGraph loses track of its channels (grouped-query attention)"
-        if any(isinstance(mapping, _SPLITS) for mapping in item.dep.index_mapping):
-            return "its channels are split, at places that pruning would move"
-        if self._pads_channels(node):
-            return "its channels pass through a padding of channels, which DepGraph cannot map"
-        if self._misplaces_joined(node):
-            return "its channels are joined with some of unknown origin, which DepGraph cannot map"
-        if self._spreads_channels(node):
-            return "its channels are spread over several dimensions (a shuffle, attention heads)"
-        return _unprunable(node.module)
-
-    def _pads_channels(self, node: Any) -> bool:
-        pad = getattr(node.grad_fn, "_saved_pad", ())
-        if not any(pad[4:]):
-            return False
-        before = shape_infer.infer_out_channels_recursively(self.depgraph, node, [0])
-        after = [shape_infer.infer_in_channels_recursively(self.depgraph, out, [0]) for out in node.outputs]
-        return any(width is not None and width != before for width in after)
-
-    def _misplaces_joined(self, node: Any) -> bool:
-        """Whether a concatenation of channels has inputs that DepGraph does not see (the image, constants)."""
-        if node.type != ops.OPTYPE.CONCAT:
-            return False
-        dim, shape = node.grad_fn._saved_dim, node.grad_fn._input_metadata[0].shape
-        dim = dim - 2**64 if dim >= 2**63 else dim  # torch shows negative dimensions as unsigned numbers
-        width = shape_infer.infer_out_channels_recursively(self.depgraph, node.inputs[0], [0])
-        joins_tokens = len(shape) == 3 and width == shape[2]
-        if dim >= 0 and dim != (2 if joins_tokens else 1):
-            return False
-        return node.module.offsets is None or node.module.offsets[-1] != shape[dim]
-
-    def _spreads_channels(self, node: Any) -> bool:
-        """Whether a reshape begins at a tensor of four or more dimensions none of which holds the channels."""
-        if node.type != ops.OPTYPE.RESHAPE:
-            return False
-        shape: Sequence[int] = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
-        width = shape_infer.infer_out_channels_recursively(self.depgraph, node, [0])
-        return len(shape) >= 4 and width is not None and width not in (shape[1], shape[-1])
-
-    def _ties_units(self, depgroup: Group, group: ChannelGroup) -> bool:
-        """Whether removing some units takes others with them.
-
-        Two units differ in some bit of their numbers: for each bit, DepGraph is asked what leaves with the units
-        that have it set. Only a mapping against the direction of the data can tie them.
-        """
-        mappings = (mapping for item in depgroup for mapping in item.dep.index_mapping)
-        if not any(getattr(mapping, "reverse", False) for mapping in mappings):
-            return False
-        root, prune_out = depgroup[0].dep.target.module, depgroup[0].dep.handler
-        for bit in range((group.units - 1).bit_length()):
-            channels = group.root_channels(u for u in range(group.units) if u >> bit & 1)
-            leaving = self.depgraph.get_pruning_group(root, prune_out, list(channels))[0].idxs
-            if len(leaving) > len(channels):
-                return True
-        return False
+    def _stays(self, member: Member) -> bool:
+        """Whether a rule of timm's keeps the width that a member would lose."""
+        return member.role is not Role.PASSING and member.module in (
+            self._read if member.role is Role.CONSUMER else self._kept
+        )
 
     def _is_even(self, member: Member) -> bool:
         """Whether every unit takes the same positions out of every group of a grouped layer."""
@@ -318,13 +268,28 @@ class PruningGraph:
         return bool((torch.unique(pairs, dim=1, return_counts=True)[1] == parts).all())
 
 
+def pruner_of(module: nn.Module) -> ChannelwisePruner | None:
+    """Return what prunes a layer of timm's that DepGraph does not know."""
+    rule, dim = adapters.rule_of(module), adapters.channel_dim(module)
+    return None if rule is None or dim is None else ChannelwisePruner(dim, rule.along, rule.widths)
+
+
+_PERMISSIONS = Permissions(
+    splits=lambda module: bool((rule := adapters.rule_of(module)) and rule.splits),
+    folds=lambda module: bool((rule := adapters.rule_of(module)) and rule.folds),
+    layers=pruner_of,
+)
+
+
 @contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:
     """Unfreeze everything for tracing, and on exit restore that, the modes and the hooks.
 
     DepGraph follows autograd: a frozen parameter vanishes from its graph. It leaves the model in eval mode, and
-    its hooks on the model if forward() raises.
+    its hooks on the model if forward() raises. What a network caches meanwhile (timm's attention biases) would hold
+    on to the graph.
     """
+    caches = [(module, name, dict(cache)) for module in model.modules() for name, cache in _caches(module)]
     modes = {module: module.training for module in model.modules()}
     hooks = {module: list(module._forward_hooks) for module in model.modules()}
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -337,6 +302,8 @@ def _traceable(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+        for module, name, content in caches:
+            vars(module)[name] = content
         for module, mode in modes.items():
             module.training = mode
         for module, known in hooks.items():
@@ -344,9 +311,16 @@ def _traceable(model: nn.Module) -> Iterator[None]:
                 del module._forward_hooks[key]
 
 
-def _build(model: nn.Module, example_inputs: tuple[Any, ...]) -> DependencyGraph:
+def _caches(module: nn.Module) -> list[tuple[str, dict[Any, Any]]]:
+    """Return the plain dictionaries that a module keeps for itself."""
+    return [
+        (k, value) for k, value in vars(module).items() if isinstance(value, dict) and not k.startswith("_")
+    ]
+
+
+def _build(model: nn.Module, example_inputs: tuple[Any, ...]) -> ChannelGraph:
     try:
-        return DependencyGraph().build_dependency(model, example_inputs, verbose=False)
+        return ChannelGraph(_PERMISSIONS).build_dependency(model, example_inputs, verbose=False)
     except Exception as error:
         shapes = [tuple(x.shape) for x in example_inputs if isinstance(x, Tensor)]
         raise ModelError(
@@ -371,6 +345,14 @@ def _division(module: Any, handler: Any) -> int:
     if isinstance(module, ops.TORCH_CONV) and handler != function.prune_depthwise_conv_out_channels:
         return int(module.groups)
     return 1
+
+
+def _tied(tie: Labels) -> int:
+    """How many channels of a root leave together, at equal distances; 0 if they are tied in another way."""
+    units = len(np.unique(tie))
+    if len(tie) % units or (tie != np.arange(len(tie)) % units).any():
+        return 0
+    return len(tie) // units
 
 
 def _unprunable(module: Any) -> str:

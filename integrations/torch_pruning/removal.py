@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch_pruning import ops
 
 from dscore_plugin.errors import ModelError, PlanError
 from dscore_plugin.groups import ChannelGroup
+from dscore_plugin.integrations.timm import adapters
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.plan import ChannelRemoval
 from dscore_plugin.rollback import rolled_back_on_error
@@ -37,9 +39,8 @@ def remove_channels(
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     with rolled_back_on_error(model):
         try:
-            for removal in removals:
-                if removal.channels:
-                    _remove(graph, removal)
+            _remove(graph, [removal for removal in removals if removal.channels])
+            adapters.refresh(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in frozen)
             model.eval()
@@ -53,10 +54,33 @@ def remove_channels(
     return model
 
 
-def _remove(graph: PruningGraph, removal: ChannelRemoval) -> None:
-    root = graph.model.get_submodule(removal.layer)
-    prune_out = graph.depgraph.get_pruner_of_module(root).prune_out_channels
-    graph.depgraph.get_pruning_group(root, prune_out, list(removal.channels)).prune()
+def _remove(graph: PruningGraph, removals: Sequence[ChannelRemoval]) -> None:
+    """Take everything out of each layer at once: its channels may belong to several groups (concatenations)."""
+    leaving: dict[tuple[Any, Any, int], set[int]] = {}
+    for removal in removals:
+        root = graph.model.get_submodule(removal.layer)
+        prune_out = graph.depgraph.get_pruner_of_module(root).prune_out_channels
+        for item in graph.depgraph.get_pruning_group(root, prune_out, list(removal.channels)):
+            dim = item.dim if item.dep.target.type == ops.OPTYPE.PARAMETER else -1
+            leaving.setdefault((item.dep.target, item.dep.handler, dim), set()).update(item.idxs)
+    for (node, handler, dim), channels in leaving.items():
+        handler.__self__.pruning_dim = node.pruning_dim = dim
+        along = _tensors_along(node.module) if graph.depgraph.is_out_channel_pruning_fn(handler) else {}
+        pruned = handler(node.module, sorted(channels))
+        for name, tensor in along.items():
+            kept = [c for c in range(len(tensor)) if c not in channels]
+            narrow = tensor.detach()[kept]
+            setattr(node.module, name, nn.Parameter(narrow) if isinstance(tensor, nn.Parameter) else narrow)
+        if node.type == ops.OPTYPE.PARAMETER:
+            owner, _, name = graph.depgraph.parameter_name(node).rpartition(".")
+            setattr(graph.model.get_submodule(owner), name, pruned)
+            node.module = pruned
+
+
+def _tensors_along(module: nn.Module) -> dict[str, Any]:
+    """Return what else runs along a layer's outputs; timm's standardised convolutions have a gain."""
+    rule = adapters.rule_of(module)
+    return {name: getattr(module, name) for name in (rule.along if rule and rule.channel_dim is None else ())}
 
 
 def _check(graph: PruningGraph, removals: Sequence[ChannelRemoval]) -> None:
