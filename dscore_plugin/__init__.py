@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dscore_plugin.artifact import load_pruned, save_pruned
+    from dscore_plugin.hub import create_model, push_to_hub
     from dscore_plugin.integrations.torch_pruning.discrimination_aware import (
         DiscriminationAwareImportance,
         DiscriminationAwarePruner,
@@ -45,11 +46,13 @@ _HOME = {
     "Plan": "dscore_plugin.plan",
     "DiscriminationAwareImportance": "dscore_plugin.integrations.torch_pruning.discrimination_aware",
     "DiscriminationAwarePruner": "dscore_plugin.integrations.torch_pruning.discrimination_aware",
+    "create_model": "dscore_plugin.hub",
     "get_criterion": "dscore_plugin.registry",
     "list_criteria": "dscore_plugin.registry",
     "load_pruned": "dscore_plugin.artifact",
     "plan_pruning": "dscore_plugin.planning",
     "prune": "dscore_plugin.planning",
+    "push_to_hub": "dscore_plugin.hub",
     "save_pruned": "dscore_plugin.artifact",
     "Sensitivity": "dscore_plugin.selection.sensitivity",
     "SynapticStrengthImportance": "dscore_plugin.integrations.torch_pruning.synaptic",
@@ -67,11 +70,13 @@ __all__ = [
     "Plan",
     "Sensitivity",
     "SynapticStrengthImportance",
+    "create_model",
     "get_criterion",
     "list_criteria",
     "load_pruned",
     "plan_pruning",
     "prune",
+    "push_to_hub",
     "save_pruned",
     "sensitivity_analysis",
 ]

@@ -391,6 +391,35 @@ def train(
         print_metrics(metrics, title=f"{options['model']}, {sparsity or 'dense'}", console=Console())
 
 
+_EXPORT_HELP = """Write an artifact as ONNX or as a torch.export program, and check its outputs.
+
+Example:
+
+`dscore export runs/r56 --format onnx`
+"""
+
+
+@app.command(help=_EXPORT_HELP)
+def export(
+    folder: Annotated[Path, typer.Argument(help="An artifact.")],
+    format_: Annotated[str, typer.Option("--format", help="onnx or torch-export.")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="The file.", show_default=False)] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images of the example.")] = 1,
+    force: Force = False,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Export an artifact."""
+    from dscore_plugin.export import export_folder
+
+    written = export_folder(folder, out, form=format_, batch=batch, force=force)
+    found = {"path": str(written.path), "format": written.form, "difference": written.difference}
+    if json_:
+        _print_json(found)
+    else:
+        typer.echo(f"{written.path}: largest difference {written.difference:.2g}")
+
+
 _LIST_HELP = """List the criteria: name, paper, granularity, what each needs.
 
 Examples:

@@ -217,7 +217,8 @@ def _masked_group_norm(module: nn.GroupNorm, x: Tensor, mask: Tensor) -> Tensor:
     grouped = x.reshape(len(x), module.num_groups, -1)
     mask = mask.view(shape).expand_as(x[:1]).reshape(1, module.num_groups, -1)
     normal = _normalise(grouped, mask, mask.sum(-1, keepdim=True), module.eps, dim=-1).reshape(x.shape)
-    return normal if module.weight is None else normal * module.weight.view(shape) + module.bias.view(shape)
+    out = normal if module.weight is None else normal * module.weight.view(shape)
+    return out if module.bias is None else out + module.bias.view(shape)
 
 
 def _normalise(x: Tensor, mask: Tensor, count: Tensor, eps: float, dim: int) -> Tensor:
