@@ -17,8 +17,8 @@ from dscore_plugin.datasets import load_data
 from dscore_plugin.errors import BudgetError, PlanError
 from dscore_plugin.files import read_json
 from dscore_plugin.groups import removal_count
-from dscore_plugin.models import create_model, load_weights
 from dscore_plugin.jobs import Choice, PruneJob, Source
+from dscore_plugin.models import create_model, load_weights
 from dscore_plugin.pipeline import run_prune
 from dscore_plugin.selection.sensitivity import Sensitivity
 from dscore_plugin.training.config import TrainingConfig

@@ -19,8 +19,8 @@ from dscore_plugin.datasets import load_data
 from dscore_plugin.errors import ArtifactError, BudgetError, TrainingError
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.integrations.torch_pruning.links import scored_layers
-from dscore_plugin.models import create_model, load_weights
 from dscore_plugin.jobs import Source
+from dscore_plugin.models import create_model, load_weights
 from dscore_plugin.plan import ChannelRemoval, InputRemoval, Plan
 from dscore_plugin.report.numbers import count
 from dscore_plugin.sparse_training import (
