@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dscore_plugin.errors import ArtifactError, DScoreError, ModelError, did_you_mean
+from dscore_plugin.modes import in_eval_mode
 
 FORMS = {"onnx": ".onnx", "torch-export": ".pt2"}
 TOLERANCE = 1e-4
@@ -98,11 +99,9 @@ def export_model(
     _check_writable(out, force)
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(torch.randn(x.shape, generator=generator).to(x) for x in example_inputs)
-    modes = {module: module.training for module in model.modules()}
     partial = out.with_name(f".{out.name}.partial{out.suffix}")
     try:
-        model.eval()
-        with torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             expected = _leaves(model(*inputs))
             found = (_through_onnx if form == "onnx" else _through_export)(model, inputs, partial)
         difference = _difference(found, expected)
@@ -116,8 +115,6 @@ def export_model(
         raise ArtifactError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
-        for module, mode in modes.items():
-            module.training = mode
     return Exported(out, form, difference, out.stat().st_size)
 
 

@@ -17,6 +17,7 @@ from dscore_plugin.errors import BudgetError, CriterionError, DScoreError, Model
 from dscore_plugin.groups import ChannelGroup, ScoredGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph, producers
 from dscore_plugin.integrations.torch_pruning.removal import remove_channels
+from dscore_plugin.modes import modes_kept
 from dscore_plugin.plan import ChannelRemoval, LayerRow, Plan, fingerprint
 from dscore_plugin.registry import CriterionInfo, get_criterion, load_object
 from dscore_plugin.report.numbers import latency
@@ -423,16 +424,14 @@ def _score(
 def _gradients(model: nn.Module, batches: Batches) -> Iterator[None]:
     """Fill ``.grad`` with the gradient of the cross-entropy summed over batches; put the old ones back on exit."""
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()] if batches else []
-    modes = {module: module.training for module in model.modules()}
     try:
         for p, _, _ in parameters:
             p.grad = None
             p.requires_grad_(True)
-        _accumulate(model, batches)
-        yield
+        with modes_kept(model):
+            _accumulate(model, batches)
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for p, grad, requires_grad in parameters:
             p.grad = grad
             p.requires_grad_(requires_grad)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
+
+from dscore_plugin.modes import in_eval_mode
 
 _SPREAD = 0.1  # measure on until the interquartile range is below this part of the median
 _PATIENCE = 4  # but no longer than this many times the least time
@@ -53,7 +54,7 @@ def latency(
         For each batch size, as a string, the ``"median"`` and the interquartile range ``"iqr"`` in
         milliseconds for the whole batch.
     """
-    with _evaluating(model), torch.inference_mode():
+    with in_eval_mode(model), torch.inference_mode():
         return {str(batch): _measure(model, (batch, *input_shape), min_run_time) for batch in batch_sizes}
 
 
@@ -81,15 +82,3 @@ def _measure(model: nn.Module, shape: tuple[int, ...], min_run_time: float) -> d
         _SPREAD, min_run_time=min_run_time, max_run_time=_PATIENCE * min_run_time
     )
     return {"median": 1e3 * measured.median, "iqr": 1e3 * measured.iqr}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode, and every module back into the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -16,6 +16,7 @@ from dscore_plugin.criteria.coarse import TEMPERATURE
 from dscore_plugin.datasets import ImageData
 from dscore_plugin.errors import BudgetError, CriterionError, ModelError
 from dscore_plugin.groups import ChannelGroup, Role, ScoredGroup, removal_count
+from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.plan import KernelRemoval, LayerRow, Plan, fingerprint
 from dscore_plugin.registry import get_criterion, list_criteria, load_object
 from dscore_plugin.selection.allocation import Counts
@@ -294,13 +295,10 @@ def used_convolutions(model: nn.Module, example_inputs: tuple[Any, ...]) -> list
     def note(module: nn.Module, _: Any, output: Tensor) -> None:
         positions[module] += output[0, 0].numel()
 
-    modes = {module: module.training for module in model.modules()}
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), in_eval_mode(model):
         for module in names:
             stack.callback(module.register_forward_hook(note).remove)
-        for module, mode in modes.items():
-            stack.callback(setattr, module, "training", mode)
-        model.eval()(*example_inputs)
+        model(*example_inputs)
     return [Convolution(names[module], module, count) for module, count in positions.items()]
 
 

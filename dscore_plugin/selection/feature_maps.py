@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dscore_plugin.errors import CriterionError, ModelError
+from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.training.evaluation import check_logits, require_images
 from dscore_plugin.training.progress import NoProgress, Progress
 
@@ -72,7 +73,7 @@ def feature_map_sizes(
             raise ModelError(f"{name!r} is called more than once; its feature map is not defined")
         sizes[name] = output.numel() // len(output)
 
-    with torch.no_grad(), _in_eval_mode(model), _hooked(model, modules, note):
+    with torch.no_grad(), in_eval_mode(model), _hooked(model, modules, note):
         try:
             model(*example_inputs)
         except ModelError:
@@ -181,7 +182,7 @@ def _run_pass(
         kept[name][row : row + len(output)] = flat
 
     precise = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(), precise, _in_eval_mode(model), _hooked(model, list(places), keep):
+    with torch.inference_mode(), precise, in_eval_mode(model), _hooked(model, list(places), keep):
         for inputs, labels in loader:
             logits = check_logits(model(inputs.to(device)), labels)
             predicted.append(logits.argmax(dim=1).cpu())
@@ -206,14 +207,3 @@ def _hooked(model: nn.Module, modules: Sequence[str], see: Callable[[str, Tensor
         for name in modules:
             stack.callback(model.get_submodule(name).register_forward_hook(hook(name)).remove)
         yield
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from dscore_plugin.groups import ChannelGroup, Role
-from dscore_plugin.training.head_places import evaluating
+from dscore_plugin.modes import in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def candidates(
             if isinstance(module, _ConvNd):
                 hook = module.register_forward_pre_hook(lambda _, __, name=name: calls.update([name]))
                 stack.callback(hook.remove)
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), in_eval_mode(model):
             model(*example_inputs)
     found = (_candidate(model, group) for group in groups)
     return tuple(c for c in found if c is not None and calls[c.layer] == 1)

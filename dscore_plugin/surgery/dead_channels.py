@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dscore_plugin.errors import ModelError
 from dscore_plugin.groups import ChannelGroup, Member, Role
+from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.plan import ChannelRemoval, LayerRow, Plan, fingerprint
 from dscore_plugin.rollback import rolled_back_on_error
 from dscore_plugin.surgery.kernels import KernelMasked, prune_kernels
@@ -287,12 +288,8 @@ def _random_inputs(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        output = model.eval()(*inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_eval_mode(model):
+        output = model(*inputs)
     if not isinstance(output, Tensor):
         raise ModelError(f"expected a network that returns one tensor, got {type(output).__name__}")
     return output

@@ -9,8 +9,8 @@ Source: the block inputs of arXiv 2005.02634, after Liu et al., *Network Slimmin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dscore_plugin.errors import ModelError, PlanError
 from dscore_plugin.groups import ChannelGroup, Member, Role
+from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.plan import InputRemoval
 from dscore_plugin.rollback import rolled_back_on_error
 
@@ -169,7 +170,7 @@ def _readers(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, lis
                 stack.callback(module.register_forward_hook(note(name)).remove)
             elif not any(True for _ in module.children()):
                 stack.callback(module.register_forward_pre_hook(read(name)).remove)
-        with _in_eval_mode(model):
+        with in_eval_mode(model):
             _run(model, example_inputs)
     for name, found in readers.items():
         _check_readers(model, name, found)
@@ -194,17 +195,6 @@ def _width(model: nn.Module, reader: str) -> int:
 
 def _all_of(channels: int) -> tuple[Tensor, Tensor]:
     return torch.arange(channels), torch.arange(channels)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _run(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:

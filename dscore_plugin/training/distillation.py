@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dscore_plugin.errors import ModelError
+from dscore_plugin.modes import in_eval_mode
 
 SEEN = 1e-6  # keeps the gradient of a norm finite where a feature map is all zeros
 
@@ -57,7 +58,7 @@ class Teacher:
             ModelError: if attention is to be matched and no layer gives a feature map.
         """
         self.model.to(images.device)
-        with torch.no_grad(), _in_eval_mode(self.model):
+        with torch.no_grad(), in_eval_mode(self.model):
             if self.features and self.layers is None:
                 self.layers = _attended_layers(self.model, pupil, images[:1])
             layers = self.layers or () if self.features else ()
@@ -154,14 +155,3 @@ def _attended_layers(model: nn.Module, pupil: nn.Module, images: Tensor) -> tupl
             f"no layer of {type(model).__name__} gives a feature map (B, C, H, W); distil without features"
         )
     return tuple(last.values())
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from dscore_plugin.errors import DataError, ModelError
+from dscore_plugin.modes import modes_kept
 from dscore_plugin.training.batches import load_batches
 from dscore_plugin.training.progress import Advance, NoProgress, Progress
 
@@ -178,12 +179,10 @@ def _float32(model: nn.Module) -> Iterator[torch.device]:
 @contextmanager
 def _preserved(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     """Put back, module by module, the train / eval modes and the given norms' momenta."""
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms]
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for norm, momentum in momenta:
             norm.momentum = momentum

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dscore_plugin.errors import CriterionError, ModelError, did_you_mean
+from dscore_plugin.modes import in_eval_mode
 
 FEATURE_MAPS = (3, 4, 5)  # dimensions of what a head can read: batch, channels, one to three of positions
 _DEEP = (
@@ -129,7 +129,7 @@ class _Trace:
         image = example_inputs[0].detach().clone().requires_grad_(True)
         handles = [handle for name, module in model.named_modules() for handle in self._watch(name, module)]
         try:
-            with torch.enable_grad(), evaluating(model):
+            with torch.enable_grad(), in_eval_mode(model):
                 output = model(image, *example_inputs[1:])
         except Exception as error:
             raise ModelError(
@@ -246,15 +246,3 @@ def _topological(output: Any) -> list[Any]:
             seen.add(child)
             waiting.append((child, iter(child.next_functions)))
     return list(reversed(finished))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode; on exit every module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

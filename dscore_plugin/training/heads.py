@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dscore_plugin.errors import TrainingError
+from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.training.checkpoint import (
     Checkpoint,
     check_resumable,
@@ -27,7 +28,7 @@ from dscore_plugin.training.checkpoint import (
 )
 from dscore_plugin.training.config import TrainingConfig, learning_rate_at
 from dscore_plugin.training.evaluation import check_logits
-from dscore_plugin.training.head_places import Segment, evaluating
+from dscore_plugin.training.head_places import Segment
 from dscore_plugin.training.history import EpochRecord
 from dscore_plugin.training.precision import choose_precision, set_memory_format
 from dscore_plugin.training.progress import NoProgress, Progress
@@ -77,7 +78,7 @@ class Heads(nn.Module):
         super().__init__()
         self.ends = tuple(segment.end for segment in segments if segment.end)
         like = next(model.parameters())
-        with tapped(model, self.ends) as features, torch.no_grad(), evaluating(model):
+        with tapped(model, self.ends) as features, torch.no_grad(), in_eval_mode(model):
             logits = check_logits(
                 model(*example_inputs), torch.zeros(len(example_inputs[0]), dtype=torch.int64)
             )

@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 
 from dscore_plugin.criteria.synaptic_strength import LAMBDAS
 from dscore_plugin.errors import BudgetError, TrainingError
+from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.registry import load_object
 from dscore_plugin.rollback import rolled_back_on_error
 from dscore_plugin.training.config import TrainingConfig
@@ -382,12 +383,8 @@ def _outputs_kept(model: nn.Module, example_inputs: tuple[Any, ...]) -> Iterator
 
 @torch.no_grad()
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        output = model.eval()(*inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_eval_mode(model):
+        output = model(*inputs)
     if not isinstance(output, Tensor):
         raise TrainingError(f"expected a network that returns one tensor, got {type(output).__name__}")
     return output

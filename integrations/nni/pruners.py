@@ -22,6 +22,7 @@ from dscore_plugin.integrations.nni.extension import MaskExtension, extend, reme
 from dscore_plugin.integrations.nni.scoring import Scorer, gradients_set
 from dscore_plugin.integrations.nni.sparsity import generate_sparsity
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
+from dscore_plugin.modes import in_eval_mode, modes_kept
 from dscore_plugin.registry import list_criteria
 
 Masks = dict[str, dict[str, Tensor]]
@@ -169,7 +170,6 @@ class CriterionPruner(_NormPruner):
     def _gather_gradients(self) -> None:
         """Run the evaluator's training and keep the sum of its gradients; weights and statistics stay."""
         model, before = self.bound_model, _state(self.bound_model)
-        modes = {module: module.training for module in model.modules()}
         parameters = dict(model.named_parameters())
 
         def put_back() -> None:
@@ -181,12 +181,11 @@ class CriterionPruner(_NormPruner):
         try:
             self._gradients = {}
             self.evaluator.patch_optimizer_step([self._add_gradients], [put_back])
-            self.evaluator.train(self._training_steps, None)
+            with modes_kept(model):
+                self.evaluator.train(self._training_steps, None)
         finally:
             self.evaluator.unbind_model()
             model.load_state_dict(before)
-            for module, mode in modes.items():
-                module.training = mode
 
     def _register_trigger(self, evaluator: Evaluator) -> None:
         if self._needs_data:
@@ -252,16 +251,11 @@ def _likely_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 
 def _runs(model: nn.Module, image: Tensor) -> bool:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_eval_mode(model):
             model(image)
     except Exception:
         return False
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dscore_plugin.integrations.nni.extension import drop_forward, was_extended
 from dscore_plugin.integrations.nni.masks import LayerMask, silence
 from dscore_plugin.integrations.nni.pruners import refuse_wrapped
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
+from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.plan import ChannelRemoval, KernelRemoval, LayerRow, Plan, fingerprint
 from dscore_plugin.rollback import rolled_back_on_error
 
@@ -249,7 +250,7 @@ def _audible(model: nn.Module, inputs: tuple[Any, ...], reading: _Reading) -> It
         for x in inputs
     )
     heard: dict[str, tuple[str, float]] = {}
-    with _evaluating(model), ExitStack() as stack, torch.no_grad():
+    with in_eval_mode(model), ExitStack() as stack, torch.no_grad():
         for group, units in reading.silent:
             for member in group.roles(Role.CONSUMER):
                 listener = _Listener(heard, group.name, member.module, member.positions(torch.tensor(units)))
@@ -279,17 +280,6 @@ class _Listener:
             and loudness > self.heard.get(self.group, ("", 0.0))[1]
         ):
             self.heard[self.group] = (self.consumer, loudness)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _load(masks: Masks | str | Path) -> Masks:

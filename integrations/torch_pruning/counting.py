@@ -21,6 +21,7 @@ from torch_pruning.utils import op_counter
 
 from dscore_plugin.costs import Cost, CostTerm
 from dscore_plugin.integrations.timm.adapters import channel_dim
+from dscore_plugin.modes import modes_kept
 
 _NORMS = (ops.TORCH_BATCHNORM, ops.TORCH_LAYERNORM, ops.TORCH_GROUPNORM, ops.TORCH_INSTANCENORM)
 Formula = Callable[[nn.Module, tuple[Any, ...], Any], None]
@@ -50,14 +51,12 @@ def count(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[int, int]:
     Returns:
         ``(macs, params)``.
     """
-    modes = {module: module.training for module in model.modules()}
     op_counter.CUSTOM_MODULES_MAPPING = formulas(model)
     try:
-        macs, params = op_counter.count_ops_and_params(model, example_inputs)
+        with modes_kept(model):
+            macs, params = op_counter.count_ops_and_params(model, example_inputs)
     finally:
         op_counter.CUSTOM_MODULES_MAPPING = {}
-        for module, mode in modes.items():
-            module.training = mode
     return round(macs), int(params)
 
 

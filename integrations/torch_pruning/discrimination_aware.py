@@ -22,6 +22,7 @@ from dscore_plugin.errors import BudgetError, CriterionError
 from dscore_plugin.groups import removal_count
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.integrations.torch_pruning.removal import remove_channels
+from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.plan import ChannelRemoval
 from dscore_plugin.selection.discrimination_aware import DiscriminationAwareSelector
 from dscore_plugin.selection.discrimination_run import TuningData
@@ -193,21 +194,15 @@ def _input_scores(module: nn.Module, gradient: Tensor, reading: str) -> Tensor:
 @contextmanager
 def _differentiable(model: nn.Module, heads: Heads | None) -> Iterator[None]:
     """Let every weight take gradients, in eval mode; on exit everything is as it was."""
-    modules = [*model.modules(), *(heads.modules() if heads else ())]
-    modes = [(module, module.training) for module in modules]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     try:
-        for module in modules:
-            module.training = False
         for parameter in frozen:
             parameter.requires_grad_(True)
-        with torch.enable_grad():
+        with in_eval_mode(model), in_eval_mode(heads or nn.ModuleList()), torch.enable_grad():
             yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for module, training in modes:
-            module.training = training
 
 
 class DiscriminationAwarePruner:

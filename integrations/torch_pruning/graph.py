@@ -30,6 +30,7 @@ from dscore_plugin.integrations.torch_pruning.channel_graph import (
 from dscore_plugin.integrations.torch_pruning.counting import CallRecorder, count, shares_one_weight
 from dscore_plugin.integrations.torch_pruning.mapping import Labels
 from dscore_plugin.integrations.torch_pruning.pruners import ChannelwisePruner
+from dscore_plugin.modes import modes_kept
 from dscore_plugin.surgery.inputs import input_groups
 
 _NORMS = {ops.OPTYPE.BN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.IN, ops.OPTYPE.PRELU, ops.OPTYPE.CUSTOMIZED}
@@ -290,13 +291,12 @@ def _traceable(model: nn.Module) -> Iterator[None]:
     on to the graph.
     """
     caches = [(module, name, dict(cache)) for module in model.modules() for name, cache in _caches(module)]
-    modes = {module: module.training for module in model.modules()}
     hooks = {module: list(module._forward_hooks) for module in model.modules()}
     frozen = [p for p in model.parameters() if not p.requires_grad]
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        with torch.enable_grad(), warnings.catch_warnings():
+        with modes_kept(model), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -304,8 +304,6 @@ def _traceable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         for module, name, content in caches:
             vars(module)[name] = content
-        for module, mode in modes.items():
-            module.training = mode
         for module, known in hooks.items():
             for key in set(module._forward_hooks).difference(known):
                 del module._forward_hooks[key]
