@@ -43,10 +43,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dscore_plugin.groups import ChannelGroup
-from dscore_plugin.integrations.timm.masked import masked
 from dscore_plugin.integrations.torch_pruning.counting import count
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.integrations.torch_pruning.removal import remove_channels
+from dscore_plugin.masking import masked
 from dscore_plugin.plan import ChannelRemoval
 
 HERE = Path(__file__).parent

@@ -164,8 +164,7 @@ def narrow(model: nn.Module, entries: Mapping[str, dict[str, Any]], stored: Mapp
     for name, entry in entries.items():
         module = model.get_submodule(name)
         for key, value in entry["attributes"].items():
-            now = getattr(module, key)
-            setattr(module, key, tuple(value) if isinstance(now, tuple) else value)
+            setattr(module, key, _like(getattr(module, key), value))
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.shape != stored[name].shape:
             narrow = torch.empty(stored[name].shape, dtype=tensor.dtype, device="meta")
@@ -264,4 +263,13 @@ def plain_value(value: Any) -> bool | int | float | str | list[int] | None:
         return float(value)
     if isinstance(value, (tuple, list)) and all(isinstance(v, Integral) for v in value):
         return [int(v) for v in value]
+    if isinstance(value, list) and all(isinstance(v, dict) and "num_chs" in v for v in value):
+        return [int(v["num_chs"]) for v in value]  # timm's feature_info
     return None
+
+
+def _like(now: Any, value: Any) -> Any:
+    """Put a plain value into the form that an attribute has."""
+    if isinstance(now, list) and now and isinstance(now[0], dict):
+        return [info | {"num_chs": width} for info, width in zip(now, value, strict=True)]
+    return tuple(value) if isinstance(now, tuple) else value

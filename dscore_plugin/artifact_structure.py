@@ -26,7 +26,7 @@ dim_k dim_out dim_out_qk dim_out_v dim_qk dim_untouched dim_v embed_dims expand_
 head_splits heads hidden_dim hidden_features in_chans in_chs in_dim in_planes inc inplanes input_split
 key_attn_dim key_dim kv_dim mhca_out_chs mhsa_out_chs num_1x1_c num_classes num_keys num_kv_groups
 num_kv_heads num_out_features o_proj_inpdim out_chs out_dim out_planes pdim planes pool_dim qk_dim shape
-split_indexes split_indices val_attn_dim val_dim value_dim width widths
+split_indexes split_indices val_attn_dim val_dim value_dim width widths feature_info
 """
 _SWITCHES = frozenset({"fused_attn"})  # the two forms of attention scale and round differently
 FACTORS = frozenset({"scale"})  # of attention and of weight-standardised convolutions: follows a width

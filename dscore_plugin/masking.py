@@ -17,11 +17,25 @@ from torch import Tensor, nn
 from dscore_plugin.errors import PlanError
 from dscore_plugin.groups import ChannelGroup, Role
 
+Form = Callable[[nn.Module, Role, Tensor], Callable[[Tensor], Tensor] | None]
 Silenced = Iterable[tuple[ChannelGroup, Iterable[int]]]
 Kernels = Mapping[str, Tensor]  # convolution -> places o * (in / groups) + c, int64
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_FORMS: list[Form] = []
+
+
+def register_form(form: Form) -> None:
+    """Teach the masks a kind of layer that computes something over its channels, beside torch's own norms.
+
+    Args:
+        form: given a layer, what it is to the channels (``CONSUMER`` or ``NORM``) and a mask of them, 1 for those
+            that stay, shape ``(width,)``, it returns a forward that leaves the others out, or None for
+            layers of any other kind.
+    """
+    if form not in _FORMS:
+        _FORMS.append(form)
 
 
 @contextmanager
@@ -30,7 +44,8 @@ def masked(model: nn.Module, silenced: Silenced) -> Iterator[None]:
 
     Zeroing a filter is not its removal: the batch norm behind it still emits its shift. What the consumers
     receive is zeroed instead. Norms that average over channels (layer norm, group norm) leave the silenced ones
-    out of their statistics, as they would after removal. Gradients pass, so one can train under the mask.
+    out of their statistics, as they would after removal, and so do the layers of :func:`register_form`. Gradients
+    pass, so one can train under the mask; through registered forms they reach the layer's inputs, not its weights.
 
     Args:
         model: the network that the groups were found in.
@@ -153,10 +168,15 @@ def _over_kernels(name: str, module: nn.Module, places: Tensor) -> Tensor:
 def _silence(stack: ExitStack, module: nn.Module, role: Role, mask: Tensor) -> bool:
     """Hook a mask onto a consumer or a norm until ``stack`` closes; False where the module works as before."""
     mask = mask.to(next((p.device for p in module.parameters()), torch.device("cpu")))
-    if role is Role.CONSUMER:
+    own = next((forward for form in _FORMS if (forward := form(module, role, mask)) is not None), None)
+    if own is not None:
+        _replace_forward(stack, module, own)
+    elif role is Role.CONSUMER:
         stack.callback(module.register_forward_pre_hook(_silence_input(mask)).remove)
-    elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
-        _replace_forward(stack, module, mask)
+    elif isinstance(module, nn.LayerNorm):
+        _replace_forward(stack, module, lambda x: _masked_layer_norm(module, x, mask.to(x.dtype)))
+    elif isinstance(module, nn.GroupNorm):
+        _replace_forward(stack, module, lambda x: _masked_group_norm(module, x, mask.to(x.dtype)))
     else:
         return False
     return True
@@ -186,14 +206,9 @@ def _along_channels(mask: Tensor, x: Tensor, module: nn.Module) -> Tensor:
     return mask if isinstance(module, nn.Linear) else mask.view(-1, *[1] * (x.ndim - 2))
 
 
-def _replace_forward(stack: ExitStack, module: nn.LayerNorm | nn.GroupNorm, mask: Tensor) -> None:
-    def forward(x: Tensor) -> Tensor:
-        if isinstance(module, nn.LayerNorm):
-            return _masked_layer_norm(module, x, mask.to(x.dtype))
-        return _masked_group_norm(module, x, mask.to(x.dtype))
-
+def _replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
     stack.callback(_restore_forward, module, module.__dict__.get("forward"))
-    module.forward = forward  # type: ignore[method-assign,assignment]
+    module.forward = forward
 
 
 def _restore_forward(module: nn.Module, own: Any) -> None:

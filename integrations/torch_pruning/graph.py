@@ -28,13 +28,17 @@ from dscore_plugin.integrations.torch_pruning.channel_graph import (
     Permissions,
 )
 from dscore_plugin.integrations.torch_pruning.counting import CallRecorder, count, shares_one_weight
+from dscore_plugin.integrations.torch_pruning.forms import form_of
 from dscore_plugin.integrations.torch_pruning.mapping import Labels
-from dscore_plugin.integrations.torch_pruning.pruners import ChannelwisePruner
+from dscore_plugin.integrations.torch_pruning.pruners import pruner_of
+from dscore_plugin.masking import register_form
 from dscore_plugin.modes import modes_kept
 from dscore_plugin.surgery.inputs import input_groups
 
 _NORMS = {ops.OPTYPE.BN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.IN, ops.OPTYPE.PRELU, ops.OPTYPE.CUSTOMIZED}
 _LAYERS = {ops.OPTYPE.CONV, ops.OPTYPE.LINEAR, ops.OPTYPE.EMBED, ops.OPTYPE.MHA, ops.OPTYPE.LSTM}
+
+register_form(form_of)  # whoever has groups can mask them
 
 
 @dataclass(frozen=True)
@@ -267,12 +271,6 @@ class PruningGraph:
             return True
         pairs = torch.stack([member.unit, member.index % (member.width // parts)])
         return bool((torch.unique(pairs, dim=1, return_counts=True)[1] == parts).all())
-
-
-def pruner_of(module: nn.Module) -> ChannelwisePruner | None:
-    """Return what prunes a layer of timm's that DepGraph does not know."""
-    rule, dim = adapters.rule_of(module), adapters.channel_dim(module)
-    return None if rule is None or dim is None else ChannelwisePruner(dim, rule.along, rule.widths)
 
 
 _PERMISSIONS = Permissions(

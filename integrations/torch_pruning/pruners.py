@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch_pruning.pruner import function
 
+from dscore_plugin.integrations.timm import adapters
+
 
 class GroupNormPruner(function.GroupNormPruner):
     """Torch-Pruning's, for group norms without a bias, too."""
@@ -69,6 +71,12 @@ class ChannelwisePruner(function.BasePruningFunc):
         return int(width[-1] if isinstance(width, tuple) else width)
 
     get_in_channels = get_out_channels
+
+
+def pruner_of(module: nn.Module) -> ChannelwisePruner | None:
+    """Return what prunes a layer of timm's that DepGraph does not know."""
+    rule, dim = adapters.rule_of(module), adapters.channel_dim(module)
+    return None if rule is None or dim is None else ChannelwisePruner(dim, rule.along, rule.widths)
 
 
 def _narrow(pruner: Any, layer: nn.Module, width: int, idxs: Sequence[int]) -> int:

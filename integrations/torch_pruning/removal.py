@@ -12,6 +12,7 @@ from torch_pruning import ops
 from dscore_plugin.errors import ModelError, PlanError
 from dscore_plugin.groups import ChannelGroup
 from dscore_plugin.integrations.timm import adapters
+from dscore_plugin.integrations.timm.feature_info import follow_widths, watched
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.plan import ChannelRemoval
 from dscore_plugin.rollback import rolled_back_on_error
@@ -34,7 +35,8 @@ def remove_channels(
         PlanError: if a removal does not fit the network.
         ModelError: if the network cannot be traced, or does not run after the removal; then it is as it was.
     """
-    graph = PruningGraph(model, example_inputs)
+    with watched(model) as dense:
+        graph = PruningGraph(model, example_inputs)
     _check(graph, removals)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     with rolled_back_on_error(model):
@@ -44,8 +46,12 @@ def remove_channels(
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in frozen)
             model.eval()
-            with torch.no_grad():  # no inference mode: what a network caches here must still be trainable
+            with (
+                torch.no_grad(),
+                watched(model) as pruned,
+            ):  # no inference mode: what it caches must be trainable
                 model(*example_inputs)
+            follow_widths(model, dense, pruned)
         except Exception as error:
             raise ModelError(
                 f"{type(model).__name__} does not run after the removal of channels: {error}; protect the layers "

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import dscore_plugin
 from dscore_plugin.artifact import load_pruned, save_pruned
 from dscore_plugin.groups import ChannelGroup
-from dscore_plugin.integrations.timm.masked import masked
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.integrations.torch_pruning.removal import remove_channels
+from dscore_plugin.masking import Masks, masked
 from dscore_plugin.plan import ChannelRemoval
 from tests.architectures import randomised
 
@@ -119,6 +119,34 @@ def test_masks_of_norms_leave_the_network_as_it_was() -> None:
             assert not torch.allclose(model(x), before, rtol=1e-2)
         assert torch.equal(model(x), before)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["resnetv2_50x1_bit", "test_vit_relpos"])  # standardised weights, RMS norms
+def test_masks_in_place_know_the_same_layers(name: str) -> None:
+    model, x = build(name), torch.randn(2, 3, NETWORKS[name], NETWORKS[name])
+    chosen = chosen_of(model, x)
+    pruned = remove_channels(copy.deepcopy(model), (x[:1],), removals(chosen))
+    with torch.no_grad(), Masks(model) as masks:
+        masks.silence(chosen)
+        error = (model(x) - pruned(x)).abs().max() / pruned(x).abs().max()
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["resnet26t", "test_efficientnet", "test_convnext"])
+def test_feature_info_tells_the_widths_that_are_left(name: str, tmp_path) -> None:
+    model, x = build(name), torch.randn(1, 3, 64, 64)
+    dense = copy.deepcopy(model)
+    dscore_plugin.prune(model, x, "d_score", 0.5)
+    told = [info["num_chs"] for info in model.feature_info]
+    maps = {}
+    for info in model.feature_info:
+        layer = model.get_submodule(info["module"])
+        layer.register_forward_hook(lambda _m, _i, out, key=info["module"]: maps.update({key: out.shape[1]}))
+    model(x)
+    assert told == list(maps.values())
+    assert told != [info["num_chs"] for info in dense.feature_info]
+    save_pruned(model, tmp_path / "model")
+    assert [info["num_chs"] for info in load_pruned(tmp_path / "model").feature_info] == told
 
 
 def test_tracing_leaves_nothing_in_the_caches_of_a_network() -> None:
