@@ -99,7 +99,7 @@ def export_model(
     _check_writable(out, force)
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(torch.randn(x.shape, generator=generator).to(x) for x in example_inputs)
-    partial = out.with_name(f".{out.name}.partial{out.suffix}")
+    partial = out.with_name(f".partial-{out.stem}{FORMS[form]}")  # torch.export warns of other endings
     try:
         with in_eval_mode(model), torch.no_grad():
             expected = _leaves(model(*inputs))
