@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dscore_plugin.artifact import load_pruned, save_pruned
     from dscore_plugin.hub import create_model, push_to_hub
+    from dscore_plugin.inference import load_for_inference
     from dscore_plugin.integrations.torch_pruning.discrimination_aware import (
         DiscriminationAwareImportance,
         DiscriminationAwarePruner,
@@ -49,6 +50,7 @@ _HOME = {
     "create_model": "dscore_plugin.hub",
     "get_criterion": "dscore_plugin.registry",
     "list_criteria": "dscore_plugin.registry",
+    "load_for_inference": "dscore_plugin.inference",
     "load_pruned": "dscore_plugin.artifact",
     "plan_pruning": "dscore_plugin.planning",
     "prune": "dscore_plugin.planning",
@@ -73,6 +75,7 @@ __all__ = [
     "create_model",
     "get_criterion",
     "list_criteria",
+    "load_for_inference",
     "load_pruned",
     "plan_pruning",
     "prune",

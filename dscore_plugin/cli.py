@@ -197,6 +197,10 @@ def evaluate(
         f"{found['params']:,}", *milliseconds,
     )  # fmt: skip
     Console().print(table)
+    for batch, entry in found.get("sparse_latency_ms", {}).items():
+        Console().print(
+            f"batch {batch}: {entry['sparse']:.2f} ms on the fastest backends, {entry['dense']:.2f} ms dense"
+        )
 
 
 _PLAN_HELP = """Choose what leaves a network, and write it down as a plan one can read and edit.

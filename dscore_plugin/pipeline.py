@@ -23,7 +23,7 @@ from dscore_plugin.jobs import Choice, PruneJob, Source, amount_in_round
 from dscore_plugin.plan import ChannelRemoval, Plan
 from dscore_plugin.planning import GOALS, plan_pruning, rerank_groups, score_groups, selection_request
 from dscore_plugin.registry import get_criterion, load_object
-from dscore_plugin.report.kernel_numbers import kernel_numbers
+from dscore_plugin.report.kernel_numbers import kernel_report, sparse_latency
 from dscore_plugin.report.numbers import count, file_sizes, latency
 from dscore_plugin.report.pictures import draw_pictures
 from dscore_plugin.report.plots import plot_sensitivity
@@ -192,7 +192,7 @@ def run_evaluate(folder: Path | None, source: Source, progress: Progress | None 
         progress: shows bars.
 
     Returns:
-        ``{"top1", "images", "macs", "params", "latency_ms"}``.
+        ``{"top1", "images", "macs", "params", "latency_ms"}``, and ``"sparse_latency_ms"`` where kernels are gone.
 
     Raises:
         DScoreError: on bad input.
@@ -203,7 +203,10 @@ def run_evaluate(folder: Path | None, source: Source, progress: Progress | None 
         read_structure(folder)  # before the images, which may take long to load
     data = source.load_images()
     model = source.build(data) if folder is None else load_pruned(folder).to(source.find_device())
-    return {**measure(model, data, progress or NoProgress()), "images": len(data.test)}
+    found = {**measure(model, data, progress or NoProgress()), "images": len(data.test)}
+    if kernel_masks(model):
+        found["sparse_latency_ms"] = sparse_latency(model, data.input_shape)
+    return found
 
 
 def open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, resume: bool) -> None:
@@ -436,7 +439,7 @@ def _save(
     if len(job.stages) > 1:
         metrics["stages"] = stages
     if kernel_masks(model):
-        metrics["kernels"] = kernel_numbers(model, _example(job.source, data))
+        metrics["kernels"] = kernel_report(model, data.input_shape)
     plans = [Plan.from_dict(stage["plan"]) for stage in stages]
     removals = [removal for plan in plans for removal in plan.removals]
 

@@ -25,7 +25,7 @@ from dscore_plugin.integrations.torch_pruning.synaptic import kernel_scores
 from dscore_plugin.masking import Masks
 from dscore_plugin.pipeline import Say, measure, open_work
 from dscore_plugin.plan import Plan
-from dscore_plugin.report.kernel_numbers import kernel_numbers
+from dscore_plugin.report.kernel_numbers import kernel_report
 from dscore_plugin.report.numbers import file_sizes
 from dscore_plugin.report.tables import report_markdown
 from dscore_plugin.selection.kernels import plan_kernel_ratios
@@ -53,7 +53,7 @@ def run_synaptic(
     Returns:
         The content of ``metrics.json``: ``dense`` (after the sparse training), ``pruned``, ``recalibrated`` and
         ``finetuned``, each with ``top1`` in percent, ``macs``, ``params`` (of the tensors, zeros included) and
-        ``latency_ms``; ``kernels`` (:func:`~dscore_plugin.report.kernel_numbers.kernel_numbers`: physical and
+        ``latency_ms``; ``kernels`` (:func:`~dscore_plugin.report.kernel_numbers.kernel_report`: physical and
         effective); ``sweep``: top-1 on the validation images by ratio, before the retraining.
 
     Raises:
@@ -88,7 +88,7 @@ def run_synaptic(
     metrics["recalibrated"] = {**metrics["pruned"], "top1": evaluate(model, data.test, progress=shown).top1}
     retrained = _train(job, model, data, "retrain", job.training, shown)
     metrics["finetuned"] = {**metrics["pruned"], "top1": evaluate(model, data.test, progress=shown).top1}
-    metrics["kernels"] = kernel_numbers(model, example)
+    metrics["kernels"] = kernel_report(model, data.input_shape)
     if PartialState().is_main_process:
         _save(job, model, data, plan, metrics, {"sparsity": sparse, "history": retrained})
         shutil.rmtree(job.work)

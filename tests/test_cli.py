@@ -159,7 +159,11 @@ def test_train_towards_sparsity(dscore: Run, tmp_path: Path) -> None:
     metrics = json.loads(out)
     assert metrics["kernels"]["kernels"]["sparsity"] > 0.5
     assert set(metrics["sweep"]) == {"0.6", "0.3", "0.8"}
-    assert json.loads(dscore("evaluate", "k", "--json")[1])["top1"] == metrics["finetuned"]["top1"]
+    found = json.loads(dscore("evaluate", "k", "--json")[1])
+    assert found["top1"] == metrics["finetuned"]["top1"]
+    assert {batch: set(entry) for batch, entry in found["sparse_latency_ms"].items()} == dict.fromkeys(
+        ("1", "64"), {"dense", "sparse", "backends"}
+    )
     code, _, err = dscore("train", "--sparsity", "dependency", "--out", "t")
     assert code == 2
     assert "did you mean 'dependency_aware'" in err

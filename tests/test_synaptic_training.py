@@ -35,7 +35,8 @@ def test_digits_lose_kernels_and_stay_recognised(tmp_path: Path) -> None:
         weight = model.get_submodule(name).weight
         assert torch.equal(weight.flatten(2).ne(0).any(dim=2), mask)
     numbers = kernel_numbers(model, torch.zeros(1, 1, 8, 8), job.out)
-    assert metrics["kernels"] == {key: numbers[key] for key in ("macs", "params", "kernels")}
+    for key in ("macs", "params", "kernels"):
+        assert metrics["kernels"][key] == numbers[key]
     assert numbers["bytes"]["stored"] < 0.6 * numbers["bytes"]["physical"]
     history = json.loads((job.out / "sparsity.json").read_text())
     assert len(history) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import nn
 
 from dscore_plugin.report.numbers import count, file_sizes
 from dscore_plugin.selection.coarse import used_convolutions
+from dscore_plugin.surgery.kernels import compile_sparse
 
 
 def kernel_numbers(
@@ -52,6 +55,44 @@ def kernel_numbers(
             "stored": file_sizes(folder)["model.safetensors"],
         }
     return numbers
+
+
+def kernel_report(model: nn.Module, input_shape: Sequence[int]) -> dict[str, Any]:
+    """Return all numbers of a network that has lost kernels: :func:`kernel_numbers`, and ``"latency_ms"``.
+
+    Args:
+        model: the network, left as it is.
+        input_shape: shape of one input, ``(C, H, W)``.
+    """
+    example = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
+    return {**kernel_numbers(model, example), "latency_ms": sparse_latency(model, input_shape)}
+
+
+def sparse_latency(
+    model: nn.Module, input_shape: Sequence[int], batch_sizes: Sequence[int] = (1, 64)
+) -> dict[str, dict[str, Any]]:
+    """Measure a network that has lost kernels, dense and on the backends that are fastest on this machine.
+
+    Args:
+        model: the network, left as it is.
+        input_shape: shape of one input, ``(C, H, W)``.
+        batch_sizes: images at a time; the backends are chosen for each.
+
+    Returns:
+        For each batch size, as a string: ``"dense"`` and ``"sparse"``, milliseconds for the whole batch, taken in
+        turns, and ``"backends"``, the number of convolutions on each.
+    """
+    device = next(model.parameters()).device
+    found = {}
+    for batch in batch_sizes:
+        compiled = compile_sparse(model, (torch.randn(batch, *input_shape, device=device),))
+        backends = Counter(choice.backend for choice in compiled.choices.values())
+        found[str(batch)] = {
+            "dense": 1e3 * compiled.dense_seconds,
+            "sparse": 1e3 * compiled.sparse_seconds,
+            "backends": dict(sorted(backends.items())),
+        }
+    return found
 
 
 def _bytes(model: nn.Module) -> int:

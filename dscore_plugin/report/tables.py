@@ -176,7 +176,7 @@ def _numbers(structure: Mapping[str, Any], metrics: Metrics) -> str:
     return _markdown_table(rows)
 
 
-def _kernels(numbers: Mapping[str, Mapping[str, float]] | None) -> str:
+def _kernels(numbers: Mapping[str, Mapping[str, Any]] | None) -> str:
     """What a network that has lost kernels would cost if zeros were free."""
     if not numbers:
         return ""
@@ -185,7 +185,24 @@ def _kernels(numbers: Mapping[str, Mapping[str, float]] | None) -> str:
         physical, effective = numbers[key]["physical"], numbers[key]["effective"]
         rows.append([key, _amount(physical, None), _amount(effective, physical)])
     text = "The table above counts the tensors as they are; removed kernels are zeros in them."
-    return f"## Kernels\n\n{text}\n\n{_markdown_table(rows)}"
+    parts = ["## Kernels", text, _markdown_table(rows)]
+    if "latency_ms" in numbers:
+        parts += [_SPARSE_TEXT, _markdown_table(_sparse_rows(numbers["latency_ms"]))]
+    return "\n\n".join(parts)
+
+
+_SPARSE_TEXT = (
+    "Each convolution on the backend that is fastest on this machine (`dscore_plugin.load_for_inference`), beside "
+    "dense execution of the same network, in turns:"
+)
+
+
+def _sparse_rows(latencies: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["batch", "dense", "sparse", "convolutions on"]]
+    for batch, entry in latencies.items():
+        backends = ", ".join(f"{name}: {number}" for name, number in entry["backends"].items())
+        rows.append([batch, f"{entry['dense']:.2f} ms", f"{entry['sparse']:.2f} ms", backends])
+    return rows
 
 
 def _plan(plan: Mapping[str, Any] | None) -> str:
