@@ -8,8 +8,9 @@ convolution or a linear layer; they are counted as what they are.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +54,7 @@ def count(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[int, int]:
     """
     op_counter.CUSTOM_MODULES_MAPPING = formulas(model)
     try:
-        with modes_kept(model):
+        with modes_kept(model), redirect_stdout(io.StringIO()):  # it prints a line for every shared layer
             macs, params = op_counter.count_ops_and_params(model, example_inputs)
     finally:
         op_counter.CUSTOM_MODULES_MAPPING = {}
