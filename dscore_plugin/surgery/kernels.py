@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dscore_plugin.errors import ModelError, PlanError, did_you_mean
-from dscore_plugin.rollback import rolled_back_on_error
+from dscore_plugin.errors import PlanError, did_you_mean
+from dscore_plugin.rollback import check_runs, rolled_back_on_error
 
 if TYPE_CHECKING:
     from dscore_plugin.plan import KernelRemoval
@@ -169,14 +169,7 @@ def carry_out(
             raise PlanError(f"the plan names {removal.layer!r} twice; put all of its kernels into one entry")
         keep[removal.layer] = _keep_all_but(_convolution(model, removal.layer), removal)
     with rolled_back_on_error(model), _classes_kept_on_error(model):
-        prune_kernels(model, keep).eval()
-        try:
-            with torch.no_grad():
-                model(*example_inputs)
-        except Exception as error:
-            raise ModelError(
-                f"{type(model).__name__} does not run after the removal of kernels: {error}; report the architecture"
-            ) from error
+        check_runs(prune_kernels(model, keep), example_inputs, "kernels", "report the architecture")
     return model
 
 

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dscore_plugin.errors import ModelError, PlanError, did_you_mean
+from dscore_plugin.errors import PlanError, did_you_mean
 from dscore_plugin.plan import LayerRemoval
-from dscore_plugin.rollback import rolled_back_on_error
+from dscore_plugin.rollback import check_runs, rolled_back_on_error
 
 
 @dataclass(frozen=True)
@@ -266,14 +265,7 @@ def carry_out(
     """
     with rolled_back_on_error(model):
         remove_branches(model, [removal.layer for removal in removals])
-        model.eval()
-        try:
-            with torch.no_grad():
-                model(*example_inputs)
-        except Exception as error:
-            raise ModelError(
-                f"{type(model).__name__} does not run after the removal of layers: {error}; report the architecture"
-            ) from error
+        check_runs(model, example_inputs, "layers", "report the architecture")
     return model
 
 

@@ -46,10 +46,8 @@ def remove_channels(
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in frozen)
             model.eval()
-            with (
-                torch.no_grad(),
-                watched(model) as pruned,
-            ):  # no inference mode: what it caches must be trainable
+            # no inference mode: what a network caches here must still be trainable
+            with torch.no_grad(), watched(model) as pruned:
                 model(*example_inputs)
             follow_widths(model, dense, pruned)
         except Exception as error:
