@@ -184,7 +184,8 @@ def main() -> int:
         "sparsities": list(args.sparsities), "batches": list(args.batches), "layers": layers, "whole": wholes,
         "rounds": args.rounds, "threads": torch.get_num_threads(), "compiler": has_compiler(),
         "torch": torch.__version__, "python": platform.python_version(), "cpu": cpu_name(),
-        "command": f"python benchmarks/kernel_sparsity.py --threads {args.threads} --rounds {args.rounds}",
+        "command": f"python benchmarks/kernel_sparsity.py --threads {args.threads} --rounds {args.rounds}"
+        + (f" --weights {args.weights.name}" if args.weights else ""),
     }  # fmt: skip
     result["within_bounds"] = bounds(result)
     print(markdown(result))

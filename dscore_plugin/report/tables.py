@@ -133,7 +133,12 @@ def _latency(numbers: Mapping[str, Any], dense: Mapping[str, Any], batch: str) -
         return _NONE
     before = (dense.get("latency_ms") or {}).get(batch)
     faster = f" ({before['median'] / found['median']:.2f}x)" if before and before is not found else ""
-    return f"{found['median']:.3g} ± {found['iqr']:.2g}{faster}"
+    return f"{_milliseconds(found['median'], 3)} ± {_milliseconds(found['iqr'], 2)}{faster}"
+
+
+def _milliseconds(value: float, digits: int) -> str:
+    """A time with so many digits, and no exponent."""
+    return f"{value:.0f}" if value >= 10**digits else f"{value:.{digits}g}"
 
 
 def _human(value: float) -> str:

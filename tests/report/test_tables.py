@@ -179,3 +179,17 @@ def test_empty_parts_are_left_out() -> None:
 def test_pipes_do_not_break_the_tables() -> None:
     modules = {"a|b": {"class": "Conv2d", "attributes": {"groups": 2}, "shapes": {}}}
     assert "| `a\\|b` | Conv2d | groups = 2 |" in report_markdown(STRUCTURE | {"modules": modules}, {})
+
+
+def test_long_times_have_no_exponent() -> None:
+    slow = DENSE | {"latency_ms": {"64": {"median": 102912.4, "iqr": 1234.5}}}
+    fast = PRUNED | {"latency_ms": {"64": {"median": 0.012345, "iqr": 0.001}}}
+    text = report_markdown(
+        STRUCTURE,
+        {"dense": slow, "pruned": fast, "recalibrated": None, "finetuned": None},
+        sizes={},
+        command="",
+        folder="x",
+    )
+    assert "102912 ± 1234" in text
+    assert "0.0123 ± 0.001" in text
