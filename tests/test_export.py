@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import dscore_plugin
 from dscore_plugin import export
@@ -97,3 +98,24 @@ def test_an_artifact_without_an_input_shape_is_refused(pruned: nn.Module, tmp_pa
     save_pruned(pruned, tmp_path / "model")
     with pytest.raises(ArtifactError, match="does not say what its inputs look like"):
         export_folder(tmp_path / "model", form="torch-export")
+
+
+def test_optimisations_that_change_the_result_are_named(tmp_path: Path) -> None:
+    class Padded(
+        nn.Module
+    ):  # onnxruntime pads a max pooling with minus infinity where the network pads with zeros
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return functional.max_pool2d(functional.pad(x - 10.0, (1, 1, 1, 1)), 3, 2)
+
+    with pytest.raises(ModelError, match="without onnxruntime's graph optimisations it agrees"):
+        export_model(Padded(), (torch.zeros(1, 3, 8, 8),), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_cause_of_a_failed_export_is_told(tmp_path: Path) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.eigvals(x @ x.transpose(-1, -2)).real  # ONNX has no such operator
+
+    with pytest.raises(ModelError, match=r"Broken cannot be exported by ONNX: \w+: .*eig"):
+        export_model(Broken(), (torch.zeros(1, 3, 8, 8),), tmp_path / "model.onnx")
