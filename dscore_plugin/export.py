@@ -127,14 +127,30 @@ def export_model(
 
 def _through_onnx(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> list[Tensor]:
     try:
-        program = torch.onnx.export(model, inputs, dynamo=True, verbose=False)
-        assert program is not None
+        program = _onnx_program(model, inputs)
         program.save(str(path), external_data=False)
     except (DScoreError, OSError):
         raise
     except Exception as error:  # whatever the exporter makes of a forward()
         raise ModelError(_cannot(model, "ONNX", error)) from error
     return _run_onnx(path, inputs)
+
+
+def _onnx_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """Export; where that fails, once more with timm's attention written out: the exporter knows no fused one in 5-d."""
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", None) is True]
+    try:
+        return torch.onnx.export(model, inputs, dynamo=True, verbose=False)
+    except Exception:
+        if not fused:
+            raise
+        try:
+            for module in fused:
+                module.fused_attn = False
+            return torch.onnx.export(model, inputs, dynamo=True, verbose=False)
+        finally:
+            for module in fused:
+                module.fused_attn = True
 
 
 def _run_onnx(path: Path, inputs: tuple[Tensor, ...], optimised: bool = True) -> list[Tensor]:
@@ -149,7 +165,8 @@ def _run_onnx(path: Path, inputs: tuple[Tensor, ...], optimised: bool = True) ->
         fed = {given.name: x.cpu().numpy() for given, x in zip(session.get_inputs(), inputs, strict=True)}
         return [torch.as_tensor(value) for value in session.run(None, fed)]
     except Exception as error:
-        raise ModelError(f"onnxruntime does not run the exported network: {_cause(error)}") from error
+        told = _cause(error).replace(str(path), path.name)
+        raise ModelError(f"onnxruntime does not run the exported network: {told}") from error
 
 
 def _through_export(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> list[Tensor]:

@@ -119,3 +119,20 @@ def test_the_first_cause_of_a_failed_export_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match=r"Broken cannot be exported by ONNX: \w+: .*eig"):
         export_model(Broken(), (torch.zeros(1, 3, 8, 8),), tmp_path / "model.onnx")
+
+
+def test_attention_over_windows_is_written_out_where_the_exporter_cannot_fuse_it(tmp_path: Path) -> None:
+    class Windowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fused_attn = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.fused_attn:
+                return functional.scaled_dot_product_attention(x, x, x)
+            return (x * x.shape[-1] ** -0.5 @ x.transpose(-1, -2)).softmax(dim=-1) @ x
+
+    model = Windowed()
+    exported = export_model(model, (torch.zeros(1, 2, 3, 4, 8),), tmp_path / "model.onnx")
+    assert exported.difference <= 1e-4
+    assert model.fused_attn
