@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.load_time import cpu_name
+from dscore_plugin.bench.hardware import processor_name
 from dscore_plugin.groups import ChannelGroup
 from dscore_plugin.integrations.torch_pruning.counting import count
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
@@ -61,6 +61,7 @@ COMPILED_EVERY = 5  # in the order of the families: torch.compile takes minutes
 PACKAGES = ("torch", "timm", "torch-pruning")
 RATIO, TOLERANCE, CLASSES = 0.5, 1e-4, 10
 TIME_LIMITS = {"stock": 150, "compile": 600}
+SMALLEST, SECOND = "Smallest model of each model file", "A second model, drawn at random"
 WHOLE = "whole"  # the line that says how long all columns of a model took, processes and all
 
 
@@ -324,10 +325,8 @@ def versions() -> dict[str, str]:
 
 def stock_result(name: str) -> str | None:
     """Return what Torch-Pruning's recipe gave before, with the same versions of everything."""
-    content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if content.get("versions") != versions():
-        return None
-    row = next((row for row in content["rows"] if row["model"] == name), None)
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    row = next((row for row in rows if row["model"] == name and row["versions"] == versions()), None)
     if row is None or row["stock"] is None:
         return None
     return "pass" if row["stock"] else row["reason"]["stock"]
@@ -428,7 +427,7 @@ def mark(value: bool | None) -> str:
     return {True: "yes", False: "**no**", None: "-"}[value]
 
 
-def page(content: dict[str, Any]) -> str:
+def page(rows_of: dict[str, list[dict[str, Any]]]) -> str:
     """Write the matrix as a page of documentation."""
     text = (
         (HERE.parent / "docs" / "timm.md").read_text() if (HERE.parent / "docs" / "timm.md").exists() else ""
@@ -436,11 +435,7 @@ def page(content: dict[str, Any]) -> str:
     start = "<!-- matrix: written by benchmarks/timm_matrix.py -->"
     head = text.split(start)[0].rstrip()
     lines = [start, ""]
-    for title, key in (
-        ("Smallest model of each model file", "rows"),
-        ("A second model, drawn at random", "second"),
-    ):
-        rows = content.get(key) or []
+    for title, rows in rows_of.items():
         if not rows:
             continue
         columns = [c for c in (*CHEAP, *COSTLY, "compile") if any(row[c] is not None for row in rows)]
@@ -464,21 +459,19 @@ def page(content: dict[str, Any]) -> str:
 
 
 def write(work: Path, chosen: dict[str, list[str]]) -> None:
+    """Write the results, a list of rows, and the page."""
     from dscore_plugin.files import write_json
 
-    rows = [result_of(family, names[0], work) for family, names in chosen.items()]
-    second = [
-        result_of(f, names[1], work)
-        for f, names in chosen.items()
-        if len(names) > 1 and lines_of(work, names[1])
-    ]
-    content = {"cpu": cpu_name(), "versions": versions(), "ratio": RATIO}
-    content |= {"command": "python -m benchmarks.timm_matrix --work DIR", "rows": rows, "second": second}
-    write_json(RESULTS, content)
-    (HERE.parent / "docs" / "timm.md").write_text(page(content))
-    print(summary(rows))
-    if second:
-        print("second:", summary(second))
+    here = {"ratio": RATIO, "cpu": processor_name(), "versions": versions()}
+    rows_of: dict[str, list[dict[str, Any]]] = {SMALLEST: [], SECOND: []}
+    for family, names in chosen.items():
+        for title, name in zip(rows_of, names, strict=False):
+            if lines_of(work, name):
+                rows_of[title].append(result_of(family, name, work) | {"drawn": title == SECOND} | here)
+    write_json(RESULTS, [row for rows in rows_of.values() for row in rows])
+    (HERE.parent / "docs" / "timm.md").write_text(page(rows_of))
+    for title, rows in rows_of.items():
+        print(f"{title}: {summary(rows)}")
 
 
 def main() -> None:
