@@ -21,6 +21,8 @@ from dscore_plugin.cli_options import (
     GOAL_NAMES,
     SEARCH,
     SOURCE,
+    TRAINING,
+    Data,
     Force,
     Json,
     Resume,
@@ -28,6 +30,7 @@ from dscore_plugin.cli_options import (
     numbers,
     read_choice,
     read_source,
+    read_training,
     with_options,
 )
 from dscore_plugin.errors import DScoreError
@@ -56,7 +59,7 @@ Examples:
 
 
 @app.command(help=_PRUNE_HELP)
-@with_options(SOURCE, CRITERION, GOAL, SEARCH, ANALYSIS)
+@with_options(SOURCE, CRITERION, GOAL, SEARCH, ANALYSIS, TRAINING)
 def prune(
     plan: Annotated[
         Path | None, typer.Option(help="Apply this plan instead of choosing.", show_default=False)
@@ -126,7 +129,7 @@ def prune(
     choice = read_choice(options)
     if all(goal is None for goal in (*goals, *stages.values())) and not choice.info.stops_by_itself:
         choice = replace(choice, target_macs=0.5)
-    checked_there: dict[str, Any] = {"schedule": schedule, "precision": precision}
+    checked_there: dict[str, Any] = {"schedule": schedule, "precision": precision, **read_training(options)}
     checked_there |= {"distill": distill, "distill_temperature": distill_temperature}
     checked_there["distill_features"] = distill_features
     checked_there["milestones"] = tuple(int(epoch) for epoch in numbers("--milestones", milestones))
@@ -298,7 +301,7 @@ Examples:
 
 
 @app.command(help=_TRAIN_HELP)
-@with_options(SOURCE)
+@with_options(SOURCE, TRAINING)
 def train(
     out: Annotated[Path, typer.Option(help="The folder of the result.")],
     sparsity: Annotated[
@@ -367,15 +370,17 @@ def train(
     given = {"batch_size": batch_size, "weight_decay": weight_decay}
     config: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     config |= {"learning_rate": learning_rate, "label_smoothing": label_smoothing, "precision": precision}
-    config |= {"workers": workers, "seed": options["seed"]}
+    config |= {"workers": workers, "seed": options["seed"], **read_training(options)}
     goal: SparsityGoal | SynapticGoal | None = None
     if sparsity is None:
         training = TrainingConfig(epochs or 160, **config)
     elif sparsity == "dependency_aware":
         sparse, training = paper_schedule(epochs or 160, retrain_epochs, **config)
+        sparse = replace(sparse, ema=0.0)  # the penalty acts on the weights themselves, not on their average
         goal = SparsityGoal(target, sparse, sparsity, delta, min_channels=min_channels)
     elif sparsity == "synaptic_strength":
         sparse, training = synaptic_schedule(epochs or 240, retrain_epochs or 50, **config)
+        sparse = replace(sparse, ema=0.0)
         goal = SynapticGoal(ratio, sparse, lambda_, numbers("--sweep", sweep))
     else:
         raise unknown_method(sparsity)
@@ -393,6 +398,75 @@ def train(
         _print_json({"folder": str(out), **metrics})
     else:
         print_metrics(metrics, title=f"{options['model']}, {sparsity or 'dense'}", console=Console())
+
+
+_BENCH_HELP = """Measure a benchmark of criteria, cell by cell; what is finished is not measured again.
+
+A protocol says what to run (benchmarks/criteria/*.json, docs/benchmark.md). Run the same command again after an
+interruption.
+
+Examples:
+
+`dscore bench benchmarks/criteria/resnet20.json --data cifar10:PATH --weights resnet20.safetensors`
+
+`dscore bench benchmarks/criteria/resnet20.json ... --list`
+
+`dscore bench --table benchmarks/results/criteria_resnet20.json --plot docs/images`
+"""
+
+
+@app.command(help=_BENCH_HELP)
+def bench(
+    protocol: Annotated[Path | None, typer.Argument(help="A protocol.", show_default=False)] = None,
+    data: Data = "cifar10",
+    weights: Annotated[
+        Path | None, typer.Option(help="Safetensors weights of the dense network.", show_default=False)
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of runs; default runs/bench/NAME.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Results; default benchmarks/results/criteria_NAME.json.", show_default=False
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    only: Annotated[
+        str | None, typer.Option(metavar="CRITERION,...", help="These rows only.", show_default=False)
+    ] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Measure finished cells again.")] = False,
+    list_cells: Annotated[bool, typer.Option("--list", help="Show the cells and how they stand.")] = False,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Print these results as Markdown; measure nothing.", show_default=False
+        ),
+    ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(metavar="PAGE", help="Write the tables between a page's markers.", show_default=False),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Draw the results there.", show_default=False)
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Measure a benchmark of criteria."""
+    from dscore_plugin.bench.command import BenchRequest, run_request
+    from dscore_plugin.training.progress import RichProgress
+
+    request = BenchRequest(
+        protocol, data, weights, work, out, device, tuple(only.split(",")) if only else (), redo, list_cells,
+        table, into, plot,
+    )  # fmt: skip
+    found = run_request(request, RichProgress(), _say)
+    if json_:
+        _print_json(found.content)
+    else:
+        typer.echo(found.text)
+    if found.failed:
+        raise typer.Exit(1)
 
 
 _EXPORT_HELP = """Write an artifact as ONNX or as a torch.export program, and check its outputs.

@@ -236,6 +236,42 @@ SEARCH: Options = {
     ),
 }
 
+# Of every training, fields of TrainingConfig; see read_training().
+TRAINING: Options = {
+    "mixup": (
+        Annotated[float, typer.Option(metavar="ALPHA", help="Blend pairs of images; 0 leaves it out.")],
+        0.0,
+    ),
+    "cutmix": (
+        Annotated[float, typer.Option(metavar="ALPHA", help="Paste boxes into images; 0 leaves it out.")],
+        0.0,
+    ),
+    "ema": (
+        Annotated[
+            float,
+            typer.Option(
+                metavar="DECAY", help="Keep a moving average of the weights, such as 0.999; 0 leaves it out."
+            ),
+        ],
+        0.0,
+    ),
+    "accumulate": (
+        Annotated[int, typer.Option(min=1, help="Parts to compute a batch in, where memory is small.")],
+        1,
+    ),
+    "track": (
+        Annotated[
+            str | None,
+            typer.Option(
+                metavar="TRACKER",
+                help="tensorboard or wandb: write the history there, too, in OUT.logs.",
+                show_default=False,
+            ),
+        ],
+        None,
+    ),
+}
+
 
 def with_options(*shared: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of these sets; it gets them as keyword arguments beside its own."""
@@ -285,6 +321,11 @@ def read_choice(options: Mapping[str, Any]) -> Choice:
         search["candidates"] = int(candidates)
     criterion_options = search | pairs("--criterion-option", options["criterion_option"])
     return Choice(**given, criterion_options=criterion_options, analysis=Analysis(**analysis))
+
+
+def read_training(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the shared options of a training, as arguments of TrainingConfig."""
+    return {name: options[name] for name in TRAINING}
 
 
 def numbers(option: str, text: str | None) -> tuple[float, ...]:

@@ -38,6 +38,10 @@ class TrainingError(DScoreError):
     """A training configuration or a checkpoint cannot be used."""
 
 
+class BenchError(DScoreError):
+    """A benchmark's protocol or its results cannot be read, or do not fit each other."""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Name the nearest known spellings, as the end of a sentence.
 

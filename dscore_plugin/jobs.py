@@ -229,6 +229,10 @@ class PruneJob:
         """Where checkpoints lie until the artifact is complete."""
         return self.out.with_name(self.out.name + ".work")
 
+    def logs(self, checkpoint: Path) -> Path:
+        """Say where the tracker of the training with this checkpoint writes; logs stay when the work is done."""
+        return self.out.with_name(self.out.name + ".logs") / checkpoint.relative_to(self.work)
+
     @property
     def stages(self) -> tuple[Choice, ...]:
         """One choice for each stage."""

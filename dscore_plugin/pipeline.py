@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,9 @@ def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda
         The content of ``metrics.json``: ``dense``, ``pruned``, ``recalibrated`` and ``finetuned``, each with
         ``top1`` in percent, ``macs``, ``params`` and ``latency_ms``, or None where it was not run. The last three
         are those of the last stage; where there are several, ``stages`` has those of each. Where kernels are gone,
-        ``kernels`` has MACs and parameters with and without them.
+        ``kernels`` has MACs and parameters with and without them. ``scoring_seconds`` is the time from the network
+        to the plan, over all stages, None where an interruption hides it; ``validation_top1`` that of the last
+        epoch, None without fine-tuning.
 
     Raises:
         DScoreError: on bad input, before any work starts; or if the work fails, with what was finished kept.
@@ -94,14 +97,15 @@ def _run_stage(
 ) -> dict[str, Any]:
     """Choose, remove, measure, recalibrate, fine-tune; return the stage's plan and numbers."""
     work = _stage_folder(job, number)
-    plan = _plan(job, number, model, data, dense, work, progress, say)
+    plan, seconds = _timed_plan(job, number, model, data, dense, work, progress, say)
     plan.save(work / "plan.json")
     say(str(plan))
     plan.apply(model)
     stage: dict[str, Any] = {"plan": plan.to_dict(), "pruned": measure(model, data, progress)}
+    stage["scoring_seconds"] = seconds
     training = job.training if number == len(job.stages) else job.round_training
     stage["recalibrated"] = _recalibrated(job, model, data, stage["pruned"], progress)
-    stage["finetuned"] = _finetuned(
+    stage["finetuned"], stage["validation_top1"] = _finetuned(
         job, model, teacher, data, stage["pruned"], training, work / "finetune", progress, say
     )
     return stage
@@ -262,9 +266,37 @@ def _dense(job: PruneJob, model: nn.Module, data: ImageData, progress: Progress,
             config,
             checkpoint=job.work / "dense",
             resume=job.resume,
+            logs=job.logs(job.work / "dense"),
             progress=progress,
         )
     return model
+
+
+def _timed_plan(
+    job: PruneJob,
+    number: int,
+    model: nn.Module,
+    data: ImageData,
+    dense: dict[str, Any],
+    work: Path,
+    progress: Progress,
+    say: Say,
+) -> tuple[Plan, float | None]:
+    """Make the plan of a stage, and say in how many seconds.
+
+    A continued run reads what the interrupted one needed, as its own choice may start from what was measured then.
+    None if that one was interrupted while it chose.
+    """
+    note = work / "scoring.json"
+    before = read_json(note) if job.resume and note.exists() else None
+    if before is None:
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"seconds": None})
+    started = time.perf_counter()
+    plan = _plan(job, number, model, data, dense, work, progress, say)
+    seconds = round(time.perf_counter() - started, 3) if before is None else before["seconds"]
+    write_json(note, {"seconds": seconds})
+    return plan, seconds
 
 
 def _plan(
@@ -408,9 +440,10 @@ def _finetuned(
     checkpoint: Path,
     progress: Progress,
     say: Say,
-) -> dict[str, Any] | None:
+) -> tuple[dict[str, Any] | None, float | None]:
+    """Fine-tune; return the numbers, and the last epoch's top-1 on the validation images, for choices to come."""
     if training is None:
-        return None
+        return None, None
     result = train(
         model,
         data.train,
@@ -418,11 +451,13 @@ def _finetuned(
         training,
         checkpoint=checkpoint,
         resume=job.resume,
+        logs=job.logs(checkpoint),
         teacher=teacher,
         progress=progress,
     )
     say(f"fine-tuned for {len(result.history)} epochs")
-    return {**pruned, "top1": evaluate(model, data.test, progress=progress).top1}
+    finetuned = {**pruned, "top1": evaluate(model, data.test, progress=progress).top1}
+    return finetuned, result.history[-1].validation_top1
 
 
 def _save(
@@ -436,6 +471,9 @@ def _save(
     """Save the artifact as it is after these stages; return its metrics."""
     *_, last = stages
     metrics = {"dense": dense, **{key: last[key] for key in ("pruned", "recalibrated", "finetuned")}}
+    spent = [stage["scoring_seconds"] for stage in stages]
+    metrics["scoring_seconds"] = None if None in spent else round(sum(spent), 3)
+    metrics["validation_top1"] = last["validation_top1"]
     if len(job.stages) > 1:
         metrics["stages"] = stages
     if kernel_masks(model):

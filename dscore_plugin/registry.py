@@ -49,6 +49,7 @@ class CriterionInfo:
         needs_gradients: whether it needs a backward pass.
         needs_batchnorm: whether it reads batch norm's scales.
         stops_by_itself: whether it can do without a goal, which is then the most that may leave.
+        seeded: whether its scores are drawn by the seed.
         baseline: whether it is Torch-Pruning's own, listed for comparison.
     """
 
@@ -67,6 +68,7 @@ class CriterionInfo:
     needs_gradients: bool = False
     needs_batchnorm: bool = False
     stops_by_itself: bool = False
+    seeded: bool = False
     baseline: bool = False
 
     def __post_init__(self) -> None:
@@ -181,7 +183,7 @@ _BUILT_IN = (
     CriterionInfo(
         "random_layers", "selector", "none: the baseline that every criterion must beat", "-", ("layer",),
         "random residual branches leave, by seed", options=MappingProxyType({"choice": "random"}),
-        selector="dscore_plugin.selection.energy:EnergySelector",
+        selector="dscore_plugin.selection.energy:EnergySelector", seeded=True,
     ),
     CriterionInfo(
         "dcp", "selector", _DCP, "1810.11809", ("channel",),
@@ -236,7 +238,7 @@ _BUILT_IN = (
     CriterionInfo(
         "random", "score", "none: the baseline that every criterion must beat", "-", ("channel",),
         "random scores, by seed (Torch-Pruning's)",
-        f"{_TORCH_PRUNING}:RandomImportance", baseline=True,
+        f"{_TORCH_PRUNING}:RandomImportance", baseline=True, seeded=True,
     ),
 )  # fmt: skip
 

@@ -140,6 +140,11 @@ class TrainJob:
         """Where checkpoints lie until the result is complete."""
         return self.out.with_name(self.out.name + ".work")
 
+    @property
+    def logs(self) -> Path:
+        """Where trackers write; they stay when the work is done."""
+        return self.out.with_name(self.out.name + ".logs")
+
     def identity(self) -> dict[str, Any]:
         """What an interrupted run and its continuation must have in common."""
         content = asdict(self)
@@ -306,6 +311,7 @@ def _train(
         config,
         checkpoint=job.work / phase,
         resume=job.resume,
+        logs=job.logs / phase,
         regularizer=regularizer,
         progress=progress,
     )

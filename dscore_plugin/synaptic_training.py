@@ -146,6 +146,7 @@ def _train(
         config,
         checkpoint=job.work / phase,
         resume=job.resume,
+        logs=job.logs / phase,
         regularizer=regularizer,
         progress=progress,
     )

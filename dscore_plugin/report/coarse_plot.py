@@ -7,11 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dscore_plugin.report.plots import _SETTINGS, _matplotlib, _save
+from dscore_plugin.report.drawing import COLOURS, MARKERS, drawing_context, new_figure, save_figure, tidy
 
-# black, vermilion, blue, green, purple, orange, sky blue of the palette of Okabe and Ito
-_COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _NUMBERS = tuple(digit * 10**power for power in range(5) for digit in (1, 2, 5))
 Points = Sequence[tuple[float, float]]
 
@@ -60,17 +57,16 @@ def plot_mcr(
 def _draw(
     curves: Mapping[str, Points], path: str | Path, title: str, across: str, scale: str, **style: Any
 ) -> tuple[Path, Path]:
-    matplotlib = _matplotlib()
-    with matplotlib.rc_context(_SETTINGS):
-        figure = import_module("matplotlib.figure").Figure(figsize=(6.4, 4.2))
+    with drawing_context():
+        figure = new_figure(6.4, 4.2)
         axes = figure.add_subplot()
         for place, (label, points) in enumerate(curves.items()):
             axes.plot(
                 *zip(*points, strict=True),
                 label=label,
-                color=_COLOURS[place % len(_COLOURS)],
-                marker=_MARKERS[place % len(_MARKERS)],
-                linestyle="-" if place < len(_COLOURS) else "--",
+                color=COLOURS[place % len(COLOURS)],
+                marker=MARKERS[place % len(MARKERS)],
+                linestyle="-" if place < len(COLOURS) else "--",
                 markersize=4,
                 **style,
             )
@@ -79,13 +75,11 @@ def _draw(
         axes.set_ylabel("misclassification rate (%)")
         axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=10)
-        axes.grid(color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0)
         if scale == "log":
             last = max(number for points in curves.values() for number, _ in points)
             numbers = [n for n in _NUMBERS if n <= last]
             axes.set_xticks(numbers, [f"{n:,}" for n in numbers])
             axes.xaxis.set_minor_locator(import_module("matplotlib.ticker").NullLocator())
-        return _save(figure, Path(path))
+        return save_figure(figure, Path(path))

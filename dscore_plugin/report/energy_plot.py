@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dscore_plugin.errors import PlanError
 from dscore_plugin.plan import LayerRemoval, LayerRow, Plan
-from dscore_plugin.report.plots import _SETTINGS, _matplotlib, _save
+from dscore_plugin.report.drawing import drawing_context, new_figure, save_figure, tidy
 
 _COLOURS = 10  # of the palette; neighbouring clusters differ, and clusters lie side by side on the score axis
 
@@ -34,13 +33,12 @@ def plot_energy(plan: Plan, path: str | Path) -> tuple[Path, Path]:
         raise PlanError("the plan has no energy scores of layers; make one with the criterion energy")
     if len(clusters) != len(rows):
         raise PlanError(f"the plan has {len(rows)} layers but clusters of {len(clusters)}; make a new plan")
-    matplotlib = _matplotlib()
-    with matplotlib.rc_context(_SETTINGS):
-        figure = import_module("matplotlib.figure").Figure(figsize=(max(6.4, 0.24 * len(rows) + 1.5), 4.4))
+    with drawing_context() as matplotlib:
+        figure = new_figure(max(6.4, 0.24 * len(rows) + 1.5), 4.4)
         axes = figure.subplots()
         _draw(axes, plan, rows, list(clusters), matplotlib.colormaps["tab10"])
         _label(axes, plan, rows)
-        return _save(figure, Path(path))
+        return save_figure(figure, Path(path))
 
 
 def _draw(axes: Any, plan: Plan, rows: list[LayerRow], clusters: list[int], colours: Any) -> None:
@@ -81,6 +79,4 @@ def _label(axes: Any, plan: Plan, rows: list[LayerRow]) -> None:
     scaled = " / sqrt(elements)" if plan.made_by.get("standardize") else ""
     axes.set_ylabel(f"{plan.made_by.get('measure', 'energy')} of the feature map{scaled}")
     axes.margins(x=0.02)
-    axes.grid(axis="y", color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, axis="y")

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 
-from dscore_plugin.report.plots import _SETTINGS, _matplotlib, _save
-
-# black, vermilion, blue, green, purple, orange, sky blue of the palette of Okabe and Ito
-_COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+from dscore_plugin.report.drawing import COLOURS, MARKERS, drawing_context, new_figure, save_figure, tidy
 
 
 def plot_kernels(
@@ -40,10 +35,9 @@ def plot_kernels(
         DScoreError: if matplotlib is not installed.
         ArtifactError: if the pictures cannot be written.
     """
-    matplotlib = _matplotlib()
     solid = max(1, len(curves) - len(dashed))
-    with matplotlib.rc_context(_SETTINGS):
-        figure = import_module("matplotlib.figure").Figure(figsize=(6.4, 4.2))
+    with drawing_context():
+        figure = new_figure(6.4, 4.2)
         axes = figure.add_subplot()
         for place, (label, points) in enumerate(curves.items()):
             colour = place % solid if dashed else place
@@ -51,8 +45,8 @@ def plot_kernels(
                 [100 * sparsity for sparsity, _ in points],
                 [value for _, value in points],
                 label=label,
-                color=_COLOURS[colour % len(_COLOURS)],
-                marker=_MARKERS[colour % len(_MARKERS)],
+                color=COLOURS[colour % len(COLOURS)],
+                marker=MARKERS[colour % len(MARKERS)],
                 linestyle="--" if label in dashed else "-",
                 markersize=4,
             )
@@ -62,8 +56,6 @@ def plot_kernels(
         axes.set_ylabel(across)
         axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=10)
-        axes.grid(color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0)
-        return _save(figure, Path(path))
+        return save_figure(figure, Path(path))

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dscore_plugin.criteria.dependency_aware import TRAINING_THRESHOLD
-from dscore_plugin.errors import ArtifactError, DScoreError
+from dscore_plugin.report.drawing import (
+    BLUE,
+    MARKERS,
+    VERMILION,
+    drawing_context,
+    new_figure,
+    save_figure,
+    tidy,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,11 +24,8 @@ if TYPE_CHECKING:
     from dscore_plugin.selection.sensitivity import Sensitivity
 
 _STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1)))  # neighbours in depth have similar colours: their dashes differ
-_MARKERS = ("o", "s", "^", "D", "v")  # for the most sensitive
-_THRESHOLD_COLOUR = "#d55e00"  # vermilion of the palette of Okabe and Ito
-_BLUE = "#0072b2"  # of the same palette
+_MARKED = 5  # layers, the most sensitive
 _LEGEND_ROWS = 34
-_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "dscore-plugin", "font.size": 9}
 
 
 def plot_sensitivity(
@@ -44,15 +48,14 @@ def plot_sensitivity(
         DScoreError: if matplotlib is not installed.
         ArtifactError: if the pictures cannot be written.
     """
-    matplotlib = _matplotlib()
-    with matplotlib.rc_context(_SETTINGS):
+    with drawing_context() as matplotlib:
         columns = math.ceil((len(sensitivity.layers) + 2) / _LEGEND_ROWS)
-        figure = import_module("matplotlib.figure").Figure(figsize=(6.5 + 1.7 * columns, 6.2))
+        figure = new_figure(6.5 + 1.7 * columns, 6.2)
         axes = figure.add_axes((0.08, 0.09, 5.7 / (6.5 + 1.7 * columns), 0.84))
         _draw_layers(axes, sensitivity, matplotlib.colormaps["viridis"])
         _draw_lines(axes, sensitivity, threshold)
         _label(axes, sensitivity, columns)
-        return _save(figure, Path(path))
+        return save_figure(figure, Path(path))
 
 
 def plot_sparsity(
@@ -72,18 +75,17 @@ def plot_sparsity(
         DScoreError: if matplotlib is not installed.
         ArtifactError: if the pictures cannot be written.
     """
-    matplotlib = _matplotlib()
-    with matplotlib.rc_context(_SETTINGS):
-        figure = import_module("matplotlib.figure").Figure(figsize=(6.4, 4.6))
+    with drawing_context():
+        figure = new_figure(6.4, 4.6)
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         epochs = range(1, len(rows) + 1)
         marker = "o" if len(rows) <= 40 else None
         shares = [100 * row["sparsity"] for row in rows]
-        above.plot(epochs, shares, color=_BLUE, marker=marker, markersize=4, label="sparsity", clip_on=False)
+        above.plot(epochs, shares, color=BLUE, marker=marker, markersize=4, label="sparsity", clip_on=False)
         above.plot(
             epochs,
             [100 * row["target"] for row in rows],
-            color=_THRESHOLD_COLOUR,
+            color=VERMILION,
             linestyle=(0, (6, 3)),
             label="target",
         )
@@ -91,29 +93,19 @@ def plot_sparsity(
         above.set_ylabel(f"channels below {threshold:g}\nof their layer's maximum (%)")
         above.set_ylim(0, 100)
         above.legend(frameon=False)
-        below.step(epochs, [row["lambda"] for row in rows], where="mid", color=_BLUE)
+        below.step(epochs, [row["lambda"] for row in rows], where="mid", color=BLUE)
         below.set_ylabel("lambda of the epoch")
         below.set_ylim(bottom=0)
         below.set_xlabel("epoch")
         below.xaxis.get_major_locator().set_params(integer=True)
         for axes in (above, below):
-            axes.grid(color="0.9", linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-        return _save(figure, Path(path))
-
-
-def _matplotlib() -> Any:
-    try:
-        return import_module("matplotlib")
-    except ImportError as error:
-        raise DScoreError(
-            'plots need matplotlib, which is not installed; run: pip install "dscore-plugin[plots]"'
-        ) from error
+            tidy(axes)
+        return save_figure(figure, Path(path))
 
 
 def _draw_layers(axes: Axes, sensitivity: Sensitivity, colours: Any) -> None:
     layers = list(sensitivity.layers)
-    markers = dict(zip(_most_sensitive(sensitivity), _MARKERS, strict=False))
+    markers = dict(zip(_most_sensitive(sensitivity), MARKERS[:_MARKED], strict=False))
     for depth, layer in enumerate(layers):
         measured = [
             (100 * ratio, top1)
@@ -145,7 +137,7 @@ def _draw_lines(axes: Axes, sensitivity: Sensitivity, threshold: float | None) -
     )
     if threshold is not None:
         label = f"threshold: {threshold:.2f} %"
-        axes.axhline(threshold, color=_THRESHOLD_COLOUR, linewidth=1.4, label=label, zorder=1)
+        axes.axhline(threshold, color=VERMILION, linewidth=1.4, label=label, zorder=1)
 
 
 def _label(axes: Axes, sensitivity: Sensitivity, columns: int) -> None:
@@ -159,9 +151,7 @@ def _label(axes: Axes, sensitivity: Sensitivity, columns: int) -> None:
     axes.set_xlim(0, 100)
     axes.set_xticks(range(0, 101, 10))
     axes.set_ylim(_bottom(sensitivity), 101)
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(
         loc="upper left",
         bbox_to_anchor=(1.02, 1.0),
@@ -179,14 +169,3 @@ def _bottom(sensitivity: Sensitivity) -> float:
     every = (top1 for layer in sensitivity.layers for top1 in sensitivity.curve(layer) if top1 is not None)
     lowest = min(every, default=0.0)
     return 10 * (lowest // 10) if lowest >= 50 else 0.0
-
-
-def _save(figure: Any, path: Path) -> tuple[Path, Path]:
-    png, svg = (path.with_name(path.name + ending) for ending in (".png", ".svg"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(png, dpi=160, bbox_inches="tight")
-        figure.savefig(svg, bbox_inches="tight", metadata={"Date": None})  # the same table, the same file
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror}") from error
-    return png, svg

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 if TYPE_CHECKING:
     from dscore_plugin.datasets import ImageSet
 
+MIXING, AUGMENTATION = 1, 2  # streams of random numbers beside those of an epoch and a process
+
 
 def stream_seed(seed: int, *stream: int) -> int:
     """Derive an independent 32-bit seed for one stream of random numbers, such as ``(epoch, process)``."""
@@ -67,6 +69,25 @@ def share_of(batch: Sequence[int], process: int, processes: int) -> tuple[list[i
         return share, len(share)
     filling = [index for index in batch if index not in share][: 2 - len(share)]
     return share + filling, len(share)
+
+
+def share_of_pairs(batch: Sequence[int], process: int, processes: int) -> tuple[list[int], int]:
+    """Give one process its share of a global batch whose images are mixed in pairs.
+
+    The first image and the last are a pair, the second and the last but one, and so on; the middle one of an odd
+    batch has no partner and is left out. In the share, too, the i-th image and the i-th from its end are a pair.
+
+    Args:
+        batch: indices of the global batch, at least two.
+        process: which, counted from 0.
+        processes: how many.
+
+    Returns:
+        As :func:`share_of`; a share without a pair of its own is filled with the first.
+    """
+    mine = range(process, len(batch) // 2, processes)
+    pairs = mine or range(1)
+    return [batch[i] for i in pairs] + [batch[-1 - i] for i in reversed(pairs)], 2 * len(mine)
 
 
 def load_batches(images: ImageSet, batches: Sequence[Sequence[int]], *, workers: int = 0) -> DataLoader[Any]:

@@ -2,7 +2,8 @@
 
 ``weights.safetensors``    the model's state dict
 ``optimizer.safetensors``  the momentum of every parameter that has one, by name
-``state.json``             everything else, and the digests of the two files above
+``ema.safetensors``        the moving average of the state dict, where the run keeps one
+``state.json``             everything else, and the digests of the files above
 
 A checkpoint is written into ``.NAME.partial`` beside the folder. Then the folder is renamed to
 ``.NAME.previous``, the new one takes its place, and the previous one is deleted. Whenever this is cut off,
@@ -31,7 +32,8 @@ from dscore_plugin.training.history import EpochRecord
 
 FORMAT_VERSION = 1
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
-_FREE = {"workers", "validate_every"}  # no effect on the weights
+EMA = "ema.safetensors"
+_FREE = {"workers", "validate_every", "track"}  # no effect on the weights
 _EXTENDABLE = {"steps", "constant"}  # schedules whose past does not depend on how many epochs follow
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, TrainingError)
@@ -51,6 +53,9 @@ class Checkpoint:
         images: size of the training set.
         history: one record per complete epoch.
         regularizer: its state; None where there was none.
+        ema: the moving average of the state dict, on the CPU; None where there was none.
+        stream: who read the images where they come as a stream: ``processes`` and ``workers``; None where they can be
+            read in any order.
     """
 
     weights: dict[str, Tensor]
@@ -60,6 +65,8 @@ class Checkpoint:
     images: int
     history: tuple[EpochRecord, ...]
     regularizer: dict[str, Any] | None
+    ema: dict[str, Tensor] | None = None
+    stream: dict[str, int] | None = None
 
 
 def describe_parameters(model: nn.Module) -> Fingerprint:
@@ -142,7 +149,12 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def check_resumable(
-    checkpoint: Checkpoint, config: TrainingConfig, model: nn.Module, images: int, regularized: bool
+    checkpoint: Checkpoint,
+    config: TrainingConfig,
+    model: nn.Module,
+    images: int,
+    regularized: bool,
+    stream: dict[str, int] | None = None,
 ) -> None:
     """Make sure that a run would go on as it began.
 
@@ -152,6 +164,7 @@ def check_resumable(
         model: what would be trained.
         images: size of the training set.
         regularized: whether there is a regulariser.
+        stream: who would read the images where they come as a stream.
 
     Raises:
         TrainingError: naming the first field that differs.
@@ -162,6 +175,8 @@ def check_resumable(
         raise _differs("the number of training images", checkpoint.images, images)
     if (checkpoint.regularizer is not None) != regularized:
         raise _differs("the use of a regularizer", checkpoint.regularizer is not None, regularized)
+    if checkpoint.stream != stream:  # other readers would get the images in another order
+        raise _differs("the reading of the stream", checkpoint.stream, stream)
 
 
 def _check_config(saved: TrainingConfig, wanted: TrainingConfig) -> None:
@@ -190,7 +205,10 @@ def _differs(what: str, was: object, now: object) -> TrainingError:
 
 def _write(partial: Path, checkpoint: Checkpoint) -> None:
     # Clones: safetensors refuses channels_last tensors, and tied ones that share their memory.
-    for name, tensors in {WEIGHTS: checkpoint.weights, OPTIMIZER: checkpoint.momentum}.items():
+    files = {WEIGHTS: checkpoint.weights, OPTIMIZER: checkpoint.momentum}
+    if checkpoint.ema is not None:
+        files[EMA] = checkpoint.ema
+    for name, tensors in files.items():
         save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, partial / name)
     state = {
         "version": FORMAT_VERSION,
@@ -200,7 +218,8 @@ def _write(partial: Path, checkpoint: Checkpoint) -> None:
         "images": checkpoint.images,
         "history": [asdict(record) for record in checkpoint.history],
         "regularizer": checkpoint.regularizer,
-        "sha256": {name: _digest(partial / name) for name in (WEIGHTS, OPTIMIZER)},
+        "stream": checkpoint.stream,
+        "sha256": {name: _digest(partial / name) for name in files},
     }
     (partial / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
     for path in (*partial.iterdir(), partial):
@@ -208,7 +227,8 @@ def _write(partial: Path, checkpoint: Checkpoint) -> None:
 
 
 def _parse(place: Path, state: dict[str, Any]) -> Checkpoint:
-    for name in (WEIGHTS, OPTIMIZER):
+    config = TrainingConfig(**state["config"])
+    for name in (WEIGHTS, OPTIMIZER, *([EMA] if config.ema else [])):
         if _digest(place / name) != state["sha256"][name]:
             raise ValueError(f"{name} is not what was written")
     history = tuple(EpochRecord(**row) for row in state["history"])
@@ -217,11 +237,13 @@ def _parse(place: Path, state: dict[str, Any]) -> Checkpoint:
     return Checkpoint(
         weights=load_file(place / WEIGHTS),
         momentum=load_file(place / OPTIMIZER),
-        config=TrainingConfig(**state["config"]),
+        config=config,
         fingerprint=state["fingerprint"],
         images=state["images"],
         history=history,
         regularizer=state["regularizer"],
+        ema=load_file(place / EMA) if config.ema else None,
+        stream=state.get("stream"),  # checkpoints from before streams have none
     )
 
 

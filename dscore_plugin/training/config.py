@@ -10,6 +10,7 @@ from dscore_plugin.errors import TrainingError, did_you_mean
 
 Schedule = Literal["cosine", "steps", "constant"]
 PrecisionName = Literal["auto", "float32", "bfloat16"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,22 @@ class TrainingConfig:
             :class:`~dscore_plugin.training.distillation.Teacher`. 0 needs no teacher.
         distill_temperature: of the soft targets, above 0.
         distill_features: weight of the teacher's attention maps; 0 leaves them out.
-        batch_size: the global batch, over all processes.
+        mixup: alpha of mixup: each image is blended with a partner, by a share drawn from Beta(alpha, alpha) for the
+            whole batch; 0 leaves it out.
+        cutmix: alpha of cutmix: a box of the partner is pasted in; 0 leaves it out. With both, each batch is mixed
+            one way or the other, as often. Both need an even ``batch_size``; of an odd last batch one image is
+            left out.
+        ema: decay of the moving average of the weights, in ``[0, 1)``, warmed up as by timm: after ``n`` steps it is at
+            most ``1 - n^(-2/3)``. The average is what is evaluated, and what the model has in the end. 0 leaves it
+            out.
+        batch_size: the global batch, over all processes and parts.
+        accumulate: parts that each process divides its share of a batch into, and runs through the model one after the
+            other, where memory is small; the gradients are added up. Batch norm sees the parts.
         precision: ``"auto"`` takes bfloat16 autocast where the hardware gains from it.
         seed: of the order of the images and of all random numbers.
         validate_every: epochs between two evaluations; the last epoch is always evaluated.
         workers: loader processes (per training process); the result does not depend on them.
+        track: write the history to ``"tensorboard"`` or ``"wandb"``, too; None does not.
 
     Raises:
         TrainingError: if a value is out of range, or two values contradict each other.
@@ -55,11 +67,16 @@ class TrainingConfig:
     distill: float = 0.0
     distill_temperature: float = 4.0
     distill_features: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema: float = 0.0
     batch_size: int = 128
+    accumulate: int = 1
     precision: PrecisionName = "auto"
     seed: int = 0
     validate_every: int = 1
     workers: int = 0
+    track: TrackerName | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))  # JSON gives a list
@@ -72,15 +89,24 @@ class TrainingConfig:
         """Whether the run needs a teacher."""
         return self.distill > 0 or self.distill_features > 0
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
+
     def _check_choices(self) -> None:
-        for name, choices in {"schedule": get_args(Schedule), "precision": get_args(PrecisionName)}.items():
+        choices_of = {"schedule": get_args(Schedule), "precision": get_args(PrecisionName)}
+        if self.track is not None:
+            choices_of["track"] = get_args(TrackerName)
+        for name, choices in choices_of.items():
             value = getattr(self, name)
             if value not in choices:
                 hint = did_you_mean(str(value), choices)
                 raise TrainingError(f"{name}={value!r} is unknown; expected {' or '.join(choices)}{hint}")
 
     def _check_ranges(self) -> None:
-        lowest_of = {"epochs": 1, "batch_size": 1, "validate_every": 1, "seed": 0, "workers": 0}
+        lowest_of = {"epochs": 1, "batch_size": 1, "accumulate": 1}
+        lowest_of |= {"validate_every": 1, "seed": 0, "workers": 0}
         for name, lowest in lowest_of.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
@@ -94,6 +120,9 @@ class TrainingConfig:
             "distill": (0 <= self.distill <= 1, "a number in [0, 1]"),
             "distill_temperature": (0 < self.distill_temperature < math.inf, "a number > 0"),
             "distill_features": (0 <= self.distill_features < math.inf, "a number >= 0"),
+            "mixup": (0 <= self.mixup < math.inf, "a number >= 0"),
+            "cutmix": (0 <= self.cutmix < math.inf, "a number >= 0"),
+            "ema": (0 <= self.ema < 1, "a number in [0, 1)"),
             "warmup_epochs": (0 <= self.warmup_epochs < self.epochs, "a number >= 0 and less than epochs"),
         }
         for name, (valid, expected) in ranges.items():
@@ -101,6 +130,14 @@ class TrainingConfig:
                 raise TrainingError(f"{name}={getattr(self, name)!r} is not valid; expected {expected}")
         if self.nesterov and self.momentum == 0:
             raise TrainingError("nesterov=True needs momentum > 0; set momentum=0.9 or nesterov=False")
+        if self.mixes and self.batch_size % 2:
+            raise TrainingError(
+                f"batch_size={self.batch_size} is odd; mixup and cutmix pair images: make it even"
+            )
+        if self.accumulate > self.batch_size:
+            raise TrainingError(
+                f"accumulate={self.accumulate} is not valid; expected at most batch_size={self.batch_size}"
+            )
 
     def _check_schedule(self) -> None:
         if self.schedule != "steps" and self.milestones:

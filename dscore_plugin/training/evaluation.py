@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
 from dscore_plugin.errors import DataError, ModelError
 from dscore_plugin.modes import modes_kept
@@ -60,7 +59,7 @@ def evaluate(
     return Evaluation(top1=100 * correct / len(images), images=len(images))
 
 
-def count_correct(model: nn.Module, loader: DataLoader[Any], advance: Advance) -> int:
+def count_correct(model: nn.Module, loader: Iterable[Any], advance: Advance) -> int:
     """Count the images of a loader that the model classifies rightly, in float32.
 
     Args:
@@ -159,7 +158,7 @@ def check_logits(logits: object, labels: Tensor) -> Tensor:
     return logits
 
 
-def require_images(images: ImageSet) -> None:
+def require_images(images: Sized) -> None:
     """Make sure that a set is not empty.
 
     Raises:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +16,8 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dscore_plugin.errors import TrainingError
-from dscore_plugin.training.batches import count_steps, load_batches, share_of, shuffled_batches, stream_seed
+from dscore_plugin.errors import DataError, TrainingError
+from dscore_plugin.training.batches import load_batches, stream_seed
 from dscore_plugin.training.checkpoint import (
     Checkpoint,
     check_resumable,
@@ -29,10 +29,13 @@ from dscore_plugin.training.checkpoint import (
 from dscore_plugin.training.config import TrainingConfig, learning_rate_at
 from dscore_plugin.training.distillation import Teacher, watched
 from dscore_plugin.training.evaluation import check_logits, count_correct, require_images
+from dscore_plugin.training.feed import Feed, ImageStream, Portion, Step, make_feed
 from dscore_plugin.training.history import EpochRecord, TrainingResult
+from dscore_plugin.training.mixing import Mixer, mixed_targets
 from dscore_plugin.training.precision import Precision, choose_precision, set_memory_format
 from dscore_plugin.training.progress import Advance, NoProgress, Progress
 from dscore_plugin.training.regularizer import Regularizer
+from dscore_plugin.training.tracking import log_folder, tracked
 
 if TYPE_CHECKING:
     from dscore_plugin.datasets import ImageSet
@@ -44,12 +47,13 @@ _EVALUATION_BATCH = 256
 
 def train(
     model: nn.Module,
-    train_set: ImageSet,
-    validation_set: ImageSet | None,
+    train_set: ImageSet | ImageStream,
+    validation_set: ImageSet | ImageStream | None,
     config: TrainingConfig,
     *,
     checkpoint: Path | None = None,
     resume: bool = False,
+    logs: Path | None = None,
     regularizer: Regularizer | None = None,
     teacher: nn.Module | None = None,
     progress: Progress | None = None,
@@ -61,17 +65,20 @@ def train(
     the model's operations have deterministic forms. Under ``accelerate launch`` or ``torchrun`` (on CPUs with
     ``ACCELERATE_USE_CPU=true``) each process computes its share of every global batch; gradients agree with
     those of one process up to float rounding, except for what depends on the share: batch-norm statistics
-    and dropout masks.
+    and dropout masks. The same holds for the parts that ``config.accumulate`` divides a share into. A stream is read in
+    an order that depends on the number of processes and of loader workers, so resuming it needs the same of both.
 
     Args:
         model: gives logits ``(B, classes)``. Parameters with ``requires_grad=False`` are not touched.
             Afterwards, also after an exception, it is on the device it came from, in eval mode, contiguous.
-        train_set: the images to learn from.
+        train_set: the images to learn from; of a stream, as many full batches as its length has room for.
         validation_set: evaluated in float32 after every ``config.validate_every``-th and the last epoch.
         config: the run.
         checkpoint: folder that holds the last complete epoch, replaced atomically; None keeps nothing.
         resume: go on from ``checkpoint`` if it is there; without it an existing checkpoint is refused.
-        regularizer: acts on the gradients of each step.
+        logs: folder for the tracker that ``config.track`` names; None is ``CHECKPOINT.logs`` beside the checkpoint.
+        regularizer: acts on the gradients of each step; not together with ``config.ema``, as it sees the weights
+            that are trained and not their average.
         teacher: the network whose outputs are learnt, too, where ``config.distill`` or ``distill_features`` is above
             0; it is not changed.
         progress: shows a bar; None shows nothing.
@@ -82,7 +89,7 @@ def train(
     Raises:
         TrainingError: if the configuration, the hardware or the checkpoint does not fit, or a loss or a
             weight is not finite.
-        DataError: if a set is empty.
+        DataError: if a set is empty, or a stream ends too early.
         ModelError: if the model does not give logits for the labels.
     """
     checkpoint = checkpoint and Path(checkpoint).resolve()  # renaming a link would leave its target behind
@@ -91,24 +98,42 @@ def train(
         raise TrainingError(
             "distillation needs a teacher and a weight: give teacher= and TrainingConfig(distill=...), or neither"
         )
-    accelerator = _new_accelerator()
+    if config.ema and regularizer:
+        raise TrainingError("ema averages weights that the regularizer does not see; leave one of them out")
+    folder = log_folder(config, checkpoint, logs)
+    accelerator = new_accelerator(log_with=config.track, project_dir=folder and folder.parent)
     precision = choose_precision(config.precision, accelerator.device)
     config = replace(config, precision="bfloat16" if precision.bfloat16 else "float32")
+    feed = make_feed(train_set, config, accelerator.process_index, accelerator.num_processes)
     saved = load_checkpoint(checkpoint) if checkpoint and resume else None
     if saved:
-        check_resumable(saved, config, model, len(train_set), regularizer is not None)
+        check_resumable(saved, config, model, len(train_set), regularizer is not None, feed.readers)
     accelerator.wait_for_everyone()  # no process may write before every one has looked for a checkpoint
     shown = progress if progress and accelerator.is_main_process else NoProgress()
     with _placed(model, precision):
         run = _Run(
-            model, train_set, validation_set, config, accelerator, precision, regularizer, shown, teacher
+            model,
+            len(train_set),
+            feed,
+            validation_set,
+            config,
+            accelerator,
+            precision,
+            regularizer,
+            shown,
+            teacher,
         )
         history = run.restore(saved) if saved else []
-        with shown.task("training", (config.epochs - len(history)) * run.steps) as advance:
+        with (
+            shown.task("training", (config.epochs - len(history)) * feed.steps) as advance,
+            tracked(accelerator, config, folder, len(history)) as log,
+        ):
             for epoch in range(len(history), config.epochs):
                 history.append(run.epoch(epoch, advance))
+                log(history[-1])
                 if checkpoint:
                     run.save(checkpoint, history)
+        run.finish()
     return TrainingResult(tuple(history))
 
 
@@ -117,8 +142,9 @@ class _Run:
     """What stays the same from the first to the last step."""
 
     model: nn.Module
-    train_set: ImageSet
-    validation_set: ImageSet | None
+    images: int  # in the training set
+    feed: Feed
+    validation_set: ImageSet | ImageStream | None
     config: TrainingConfig
     accelerator: Accelerator
     precision: Precision
@@ -126,12 +152,17 @@ class _Run:
     progress: Progress
     dense: InitVar[nn.Module | None] = None
     teacher: Teacher | None = field(init=False)
+    mixer: Mixer | None = field(init=False)
+    average: Any = field(init=False)  # timm's moving average of the weights, or None
     wrapped: nn.Module = field(init=False)  # the model, or its distributed wrapper
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self, dense: nn.Module | None) -> None:
         shares = (self.config.distill, self.config.distill_temperature, self.config.distill_features)
         self.teacher = None if dense is None else Teacher(dense, *shares)
+        config = self.config
+        self.mixer = Mixer(config.mixup, config.cutmix, config.seed) if config.mixes else None
+        self.average = _moving_average(self.model, config.ema) if config.ema else None
         optimizer = torch.optim.SGD(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=self.config.learning_rate,
@@ -144,7 +175,17 @@ class _Run:
     @property
     def steps(self) -> int:
         """Optimiser steps per epoch."""
-        return count_steps(len(self.train_set), self.config.batch_size)
+        return self.feed.steps
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is evaluated."""
+        return self.average.module if self.average else self.model
+
+    def finish(self) -> None:
+        """Leave in the model what was evaluated."""
+        if self.average:
+            self.model.load_state_dict(self.average.module.state_dict())
 
     def epoch(self, epoch: int, advance: Advance) -> EpochRecord:
         """Run one epoch, counted from 0, and evaluate it."""
@@ -167,6 +208,8 @@ class _Run:
     def restore(self, saved: Checkpoint) -> list[EpochRecord]:
         """Go back to where a checkpoint was taken; gives its history."""
         self.model.load_state_dict(saved.weights)
+        if self.average:
+            self.average.module.load_state_dict(saved.ema)
         named = dict(self.model.named_parameters())
         for name, momentum in saved.momentum.items():
             # On the device and in the memory layout of the parameter, as the optimiser would have made it.
@@ -191,89 +234,131 @@ class _Run:
                     momentum={name: buffer for name, buffer in momenta.items() if buffer is not None},
                     config=self.config,
                     fingerprint=describe_parameters(self.model),
-                    images=len(self.train_set),
+                    images=self.images,
                     history=tuple(history),
                     regularizer=self.regularizer.state_dict() if self.regularizer else None,
+                    ema=self.average.module.state_dict() if self.average else None,
+                    stream=self.feed.readers,
                 ),
             )
         self.accelerator.wait_for_everyone()
 
     def _pass(self, epoch: int, advance: Advance) -> tuple[float, float]:
         """Take every step of an epoch; gives mean loss and top-1 in percent."""
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        set_seed(stream_seed(self.config.seed, epoch, 1 + process))
-        self.train_set.set_epoch(epoch)
+        set_seed(stream_seed(self.config.seed, epoch, 1 + self.accelerator.process_index))
         self.model.train()
-        batches = shuffled_batches(len(self.train_set), self.config.batch_size, self.config.seed, epoch)
-        shares = [share_of(batch, process, processes) for batch in batches]
-        mine = [indices for indices, _ in shares]
-        loader = load_batches(self.train_set, mine, workers=self.config.workers)
         sums, seen = torch.zeros(2, dtype=torch.float64), 0
-        for step, (inputs, labels) in enumerate(loader):
-            size = len(batches[step])
-            sums += self._step(epoch, step, inputs, labels, counted=shares[step][1], size=size)
-            seen += size
+        for number, step in enumerate(self.feed.epoch(epoch)):
+            sums += self._step(epoch, number, step)
+            seen += step.size
             loss, top1 = float(sums[0]) / seen, 100 * float(sums[1]) / seen
             advance(1, epoch=epoch + 1, loss=loss, top1=top1)
         return loss, top1
 
-    def _step(
-        self, epoch: int, step: int, inputs: Tensor, labels: Tensor, *, counted: int, size: int
-    ) -> Tensor:
+    def _step(self, epoch: int, number: int, step: Step) -> Tensor:
         """Take one step.
 
         Args:
             epoch: counted from 0.
-            step: counted from 0 within the epoch.
-            inputs: this process's share of the images, shape ``(B, C, H, W)``.
-            labels: shape ``(B,)``.
-            counted: how many of them count; the rest only fills the share.
-            size: images in the global batch.
+            number: of the step, counted from 0 within the epoch.
+            step: the global batch, and this process's portions of it.
 
         Returns:
             The sum of the losses and the number of right guesses in the global batch, shape ``(2,)``.
         """
-        inputs, labels = self.precision.place(inputs), labels.to(self.accelerator.device, non_blocking=True)
+        found = []
+        for part, portion in enumerate(step.portions, start=1):
+            # Processes exchange gradients once they have added up those of all their portions.
+            last = part == self.config.accumulate
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                found.append(self._add_gradients(epoch, number, portion, step.size))
+        sums = self.accelerator.reduce(torch.stack(found).sum(dim=0), "sum").cpu()
+        self._require_finite_loss(float(sums[0]) / step.size, epoch, number)
+        if self.regularizer:
+            self.regularizer.after_backward(self.model)
+        taken = epoch * self.steps + number
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(taken)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update(self.model, step=taken + 1)
+        return sums
+
+    def _add_gradients(self, epoch: int, number: int, portion: Portion, size: int) -> Tensor:
+        """Run a portion forward and backward.
+
+        Args:
+            epoch: counted from 0.
+            number: of the step, counted from 0 within the epoch.
+            portion: the images.
+            size: images in the global batch.
+
+        Returns:
+            The sum of the losses and the number of right guesses, shape ``(2,)``.
+        """
+        counted = portion.counted
+        inputs = self.precision.place(portion.images)
+        labels = portion.labels.to(self.accelerator.device, non_blocking=True)
+        mixed = self.mixer(inputs, epoch, number) if self.mixer else None
         with self.precision.autocast():
             judgement = self.teacher.judge(self.model, inputs, counted) if self.teacher else None
             with watched(self.model, judgement.layers if judgement else ()) as maps:
                 output = self.wrapped(inputs)
         logits = check_logits(output, labels).float()[:counted]
-        labels = labels[:counted]
+        targets = labels if mixed is None else mixed_targets(mixed, labels, logits.shape[1])
+        targets = targets[:counted]
         loss = functional.cross_entropy(
-            logits, labels, reduction="sum", label_smoothing=self.config.label_smoothing
+            logits, targets, reduction="sum", label_smoothing=self.config.label_smoothing
         )
         if judgement:
             loss = judgement.loss(loss, logits, maps)
         self.accelerator.backward(loss * (self.accelerator.num_processes / size))  # processes are averaged
-        right = (logits.argmax(dim=1) == labels).sum()
-        sums = self.accelerator.reduce(torch.stack([loss.detach(), right.to(loss.dtype)]), "sum").cpu()
-        self._require_finite_loss(float(sums[0]) / size, epoch, step)
-        if self.regularizer:
-            self.regularizer.after_backward(self.model)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(epoch * self.steps + step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return sums
+        wanted = targets if mixed is None else targets.argmax(dim=1)
+        right = (logits.argmax(dim=1) == wanted).sum()
+        return torch.stack([loss.detach(), right.to(loss.dtype)])
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate_at(self.config, step, self.steps)
 
-    def _evaluate(self, images: ImageSet) -> float:
+    def _evaluate(self, images: ImageSet | ImageStream) -> float:
         """Give top-1 in percent, each process looking at its share of the images."""
-        mine = list(range(len(images)))[self.accelerator.process_index :: self.accelerator.num_processes]
+        seen = 0
+
+        def count(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+            nonlocal seen
+            for inputs, labels in batches:
+                seen += len(labels)
+                yield inputs, labels
+
+        loader, batches = self._evaluation_batches(images)
+        with self.progress.task("evaluating", batches) as advance:
+            correct = count_correct(self.judged, count(loader), advance)
+        counts = torch.tensor([correct, seen], device=self.accelerator.device)
+        right, every = self.accelerator.reduce(counts, "sum").tolist()
+        if every == 0:
+            raise DataError("the stream to evaluate on gave no image; check its shards")
+        return 100 * right / every
+
+    def _evaluation_batches(
+        self, images: ImageSet | ImageStream
+    ) -> tuple[Iterable[tuple[Tensor, Tensor]], int]:
+        """Give this process's share of the images in batches, and how many batches that are, more or less."""
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        workers = self.config.workers
+        if isinstance(images, ImageStream):
+            loader = images.evaluation_batches(
+                _EVALUATION_BATCH, process=process, processes=processes, workers=workers
+            )
+            return loader, -(-len(images) // (_EVALUATION_BATCH * processes))
+        mine = list(range(len(images)))[process::processes]
         batches = [mine[i : i + _EVALUATION_BATCH] for i in range(0, len(mine), _EVALUATION_BATCH)]
-        with self.progress.task("evaluating", len(batches)) as advance:
-            loader = load_batches(images, batches, workers=self.config.workers)
-            correct = count_correct(self.model, loader, advance)
-        counts = torch.tensor([correct], device=self.accelerator.device)
-        return 100 * int(self.accelerator.reduce(counts, "sum")) / len(images)
+        return load_batches(images, batches, workers=workers), len(batches)
 
     def _agree_on_buffers(self) -> None:
         """Give every process the main one's buffers, as the distributed forward pass does at each step."""
         if self.accelerator.num_processes > 1:
-            for buffer in self.model.buffers():
+            for buffer in (*self.model.buffers(), *(self.average.module.buffers() if self.average else ())):
                 torch.distributed.broadcast(buffer, src=0)
 
     def _require_finite_loss(self, loss: float, epoch: int, step: int) -> None:
@@ -294,8 +379,8 @@ class _Run:
 
 def _check_inputs(
     model: nn.Module,
-    train_set: ImageSet,
-    validation_set: ImageSet | None,
+    train_set: ImageSet | ImageStream,
+    validation_set: ImageSet | ImageStream | None,
     checkpoint: Path | None,
     resume: bool,
 ) -> None:
@@ -315,10 +400,23 @@ def _check_inputs(
         )
 
 
-def _new_accelerator() -> Accelerator:
-    """Start accelerate without its mixed precision: that would replace the model's forward."""
+def _moving_average(model: nn.Module, decay: float) -> Any:
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=decay, use_warmup=True)
+
+
+def new_accelerator(**options: Any) -> Accelerator:
+    """Start accelerate and the group of processes, without its mixed precision: that would replace the model's forward.
+
+    Args:
+        **options: further arguments of ``Accelerator``.
+
+    Raises:
+        TrainingError: if it already runs with mixed precision, or does not know of the processes that were launched.
+    """
     try:
-        accelerator = Accelerator(mixed_precision="no")
+        accelerator = Accelerator(mixed_precision="no", **options)
     except ValueError as error:
         raise TrainingError(
             "accelerate already runs here with mixed precision, which replaces the model's forward; start "

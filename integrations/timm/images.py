@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, get_worker_info
 
 from dscore_plugin.datasets import ImageSet
-from dscore_plugin.errors import DataError
+from dscore_plugin.errors import DataError, ModelError
 from dscore_plugin.randomness import own_random_numbers
 from dscore_plugin.training.batches import AUGMENTATION, stream_seed
 
@@ -27,18 +28,30 @@ READERS = ("", "hfds", *STREAMS)  # the first is for folders
 Transform = Callable[[Any], Tensor]
 
 
-def data_form(model: nn.Module, image_size: int | None = None) -> dict[str, Any]:
+def data_form(model: nn.Module | str, image_size: int | None = None) -> dict[str, Any]:
     """Return the form in which a model wants its images: size, interpolation, crop, mean and standard deviation.
 
     Args:
-        model: one of timm's; what it lacks is taken from ImageNet's customs.
+        model: one of timm's, or the name of one. An artifact knows its architecture and not the tag of its weights; a
+            name with a tag, such as ``"resnet50.tv_in1k"``, knows both. What is not said is ImageNet's custom.
         image_size: height and width, if not the model's own.
+
+    Raises:
+        ModelError: if there are no weights with this tag.
     """
+    import timm
     from timm.data import resolve_data_config
 
-    channels = resolve_data_config(model=model)["input_size"][0]
+    known: dict[str, Any] = {"model": model}
+    if isinstance(model, str):
+        try:
+            config = timm.get_pretrained_cfg(model)
+        except RuntimeError as error:
+            raise ModelError(f"model {model!r} is unknown ({error}); see timm.list_pretrained()") from error
+        known = {"pretrained_cfg": config.to_dict() if config else {"input_size": (3, 224, 224)}}
+    channels = resolve_data_config(**known)["input_size"][0]
     size = {} if image_size is None else {"input_size": (channels, image_size, image_size)}
-    return dict(resolve_data_config(size, model=model))
+    return dict(resolve_data_config(size, **known))
 
 
 def load_images(
@@ -82,9 +95,10 @@ def load_images(
     augmented = _transform(form, {"is_training": True, **(augmentation or {})}) if training else plain
     if reader in STREAMS:
         return ReaderStream({"name": name, "root": root, "split": split, **options}, plain, augmented)
-    images = _ReaderImages(
-        _create({"name": name, "root": root, "split": split, **options}).reader, plain, augmented
-    )
+    found = _create({"name": name, "root": root, "split": split, **options}).reader
+    if not reader and Path(found.root) == Path(root or ""):  # timm then takes all that is below
+        raise DataError(f"data folder {root} has no folder {split!r}; expected {root}/{split}/CLASS/*")
+    images = _ReaderImages(found, plain, augmented)
     return ImageSet(images, torch.arange(len(images.labels)), augmented=training, seed=seed)
 
 
@@ -250,7 +264,7 @@ def _labels(reader: Any) -> list[int]:
     """Return the label of every image, without reading the images."""
     if hasattr(reader, "samples"):
         return [int(label) for _, label in reader.samples]
-    return [int(label) for label in reader.dataset[reader.label_key]]
+    return list(map(int, reader.dataset.with_format("numpy")[reader.label_key][:]))
 
 
 def _shards(reader: Any) -> list[str] | None:

@@ -15,9 +15,9 @@ from dscore_plugin.report.coarse_plot import plot_best_so_far, plot_mcr
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved."""
     figures: list[Any] = []
-    save = coarse_plot._save
+    save = coarse_plot.save_figure
     monkeypatch.setattr(
-        coarse_plot, "_save", lambda figure, path: figures.append(figure) or save(figure, path)
+        coarse_plot, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path)
     )
     return figures
 

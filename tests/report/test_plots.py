@@ -33,13 +33,13 @@ def falling(layers: int, **options: Any) -> Sensitivity:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved."""
     figures: list[Any] = []
-    save = plots._save
+    save = plots.save_figure
 
     def keep(figure: Any, path: Path) -> tuple[Path, Path]:
         figures.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return figures
 
 

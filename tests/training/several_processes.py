@@ -24,7 +24,18 @@ CONFIGS = {
     "smoothed": TrainingConfig(
         epochs=2, learning_rate=0.05, batch_size=7, label_smoothing=0.1, precision="float32", seed=3
     ),
+    "parts": TrainingConfig(epochs=2, learning_rate=0.05, batch_size=16, accumulate=2, precision="float32"),
+    "mixed": TrainingConfig(
+        epochs=3, learning_rate=0.05, batch_size=18, mixup=0.4, cutmix=1.0, accumulate=2, precision="float32"
+    ),
+    "averaged": TrainingConfig(
+        epochs=3, learning_rate=0.05, batch_size=16, ema=0.8, precision="float32", track="tensorboard"
+    ),
 }
+
+
+def regularizer_for(config: TrainingConfig) -> HalfGradient | None:
+    return None if config.ema else HalfGradient()
 
 
 class Poison(HalfGradient):
@@ -40,7 +51,12 @@ def main(folder: Path) -> None:
     for name, config in CONFIGS.items():
         model = tiny_network(norm=False)
         result = train(
-            model, images, validation, config, checkpoint=folder / f"run_{name}", regularizer=HalfGradient()
+            model,
+            images,
+            validation,
+            config,
+            checkpoint=folder / f"run_{name}",
+            regularizer=regularizer_for(config),
         )
         save_file(model.state_dict(), folder / f"{name}_{state.process_index}.safetensors")
         findings[name] = result.rows()

@@ -60,6 +60,41 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert files(tmp_path / "deep" / "run") == {"weights.safetensors", "optimizer.safetensors", "state.json"}
 
 
+def test_an_average_comes_back_and_is_guarded(tmp_path: Path) -> None:
+    config = TrainingConfig(epochs=3, ema=0.9, precision="float32")
+    saved = example(config=config, ema=tiny_network(seed=3).state_dict())
+    save_checkpoint(tmp_path / "run", saved)
+    loaded = load_checkpoint(tmp_path / "run")
+    assert loaded is not None
+    assert loaded.ema is not None
+    assert saved.ema is not None
+    assert_same_bits(loaded.ema, saved.ema)
+    flip_a_byte(tmp_path / "run" / "ema.safetensors")
+    with pytest.raises(TrainingError, match="is corrupt"):
+        load_checkpoint(tmp_path / "run")
+
+
+def test_a_checkpoint_from_before_the_later_options_is_read(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "run", example())
+    path = tmp_path / "run" / "state.json"
+    state = json.loads(path.read_text())
+    del state["stream"]
+    for name in ("accumulate", "ema", "mixup", "cutmix", "track"):
+        del state["config"][name]
+    path.write_text(json.dumps(state))
+    loaded = load_checkpoint(tmp_path / "run")
+    assert loaded is not None
+    check_resumable(loaded, example().config, tiny_network(), 50, regularized=True)
+
+
+def test_other_readers_of_a_stream_are_named() -> None:
+    saved = example(stream={"processes": 2, "workers": 1})
+    check_resumable(saved, saved.config, tiny_network(), 50, True, {"processes": 2, "workers": 1})
+    for now in ({"processes": 1, "workers": 1}, None):
+        with pytest.raises(TrainingError, match="reading of the stream differs"):
+            check_resumable(saved, saved.config, tiny_network(), 50, True, now)
+
+
 def test_the_weights_load_into_the_model_as_they_are(tmp_path: Path) -> None:
     model = tiny_network(seed=1)
     save_checkpoint(tmp_path / "run", example(model))
@@ -253,6 +288,10 @@ def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
         ("warmup_epochs", 1),
         ("label_smoothing", 0.1),
         ("batch_size", 64),
+        ("accumulate", 2),
+        ("mixup", 0.2),
+        ("cutmix", 0.2),
+        ("ema", 0.9),
         ("precision", "bfloat16"),
         ("seed", 1),
         ("epochs", 2),
@@ -267,7 +306,7 @@ def test_a_changed_configuration_is_named(name: str, value: Any) -> None:
 
 def test_what_has_no_effect_on_the_weights_may_change() -> None:
     saved = example()
-    changed = replace(saved.config, workers=2, validate_every=3)
+    changed = replace(saved.config, workers=2, validate_every=3, track="tensorboard")
     check_resumable(saved, changed, tiny_network(), 50, regularized=True)
 
 

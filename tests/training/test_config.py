@@ -32,6 +32,15 @@ from dscore_plugin.training.config import TrainingConfig, learning_rate_at
         ("workers", -1),
         ("warmup_epochs", 2),
         ("milestones", (1,)),
+        ("mixup", -0.1),
+        ("mixup", math.inf),
+        ("cutmix", math.nan),
+        ("ema", 1.0),
+        ("ema", -0.1),
+        ("accumulate", 0),
+        ("accumulate", 1.0),
+        ("accumulate", 129),
+        ("track", "tensorbord"),
     ],
 )
 def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:
@@ -43,6 +52,17 @@ def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:
 def test_the_nearest_schedule_is_named() -> None:
     with pytest.raises(TrainingError, match="did you mean 'cosine'"):
         TrainingConfig(epochs=1, schedule="cosin")  # type: ignore[arg-type]
+
+
+def test_the_nearest_tracker_is_named() -> None:
+    with pytest.raises(TrainingError, match="did you mean 'tensorboard'"):
+        TrainingConfig(epochs=1, track="tensorbord")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_pairs_need_an_even_batch(mix: str) -> None:
+    with pytest.raises(TrainingError, match="batch_size=7 is odd; mixup and cutmix pair images"):
+        TrainingConfig(epochs=1, batch_size=7, **{mix: 0.1})
 
 
 @pytest.mark.parametrize("milestones", [(), (2, 2), (3, 1), (0, 2)])

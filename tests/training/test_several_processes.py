@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from dscore_plugin.training import train
 from dscore_plugin.training.checkpoint import load_checkpoint
 from tests.training.conftest import HalfGradient, assert_same_bits, tiny_images, tiny_network
-from tests.training.several_processes import CONFIGS
+from tests.training.several_processes import CONFIGS, regularizer_for
+from tests.training.test_tracking import read
 
 PROCESSES = 3
 
@@ -50,7 +51,7 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("name", ["uneven", "smoothed", "norm"])
+@pytest.mark.parametrize("name", [*CONFIGS, "norm"])
 def test_all_processes_end_with_the_same(folder: Path, findings: list[dict[str, Any]], name: str) -> None:
     states = [load_file(folder / f"{name}_{i}.safetensors") for i in range(PROCESSES)]
     for i in range(1, PROCESSES):
@@ -62,7 +63,8 @@ def test_all_processes_end_with_the_same(folder: Path, findings: list[dict[str, 
 def test_several_processes_train_as_one_does(folder: Path, findings: list[dict[str, Any]], name: str) -> None:
     model = tiny_network(norm=False)
     images, validation = tiny_images(50, augmented=True), tiny_images(31, seed=1)
-    result = train(model, images, validation, CONFIGS[name], regularizer=HalfGradient())
+    alone = replace(CONFIGS[name], accumulate=1, track=None)
+    result = train(model, images, validation, alone, regularizer=regularizer_for(alone))
     together = load_file(folder / f"{name}_0.safetensors")
     for key, tensor in model.state_dict().items():
         assert torch.allclose(together[key], tensor, rtol=1e-4, atol=1e-6), key
@@ -71,6 +73,12 @@ def test_several_processes_train_as_one_does(folder: Path, findings: list[dict[s
         for key in ("epoch", "train_top1", "validation_top1", "learning_rate", "regularizer"):
             assert several[key] == one[key]
     assert findings[0][name][-1]["validation_top1"] == findings[0][f"{name}_evaluated"]
+
+
+def test_the_main_process_alone_writes_the_curves(folder: Path, findings: list[dict[str, Any]]) -> None:
+    assert len(list((folder / "run_averaged.logs").glob("events.*"))) == 1
+    curve = read(folder / "run_averaged.logs")["loss"]
+    assert curve == {row["epoch"]: pytest.approx(row["loss"]) for row in findings[0]["averaged"]}
 
 
 def test_batch_norm_trains_although_shares_are_small(findings: list[dict[str, Any]]) -> None:

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from dscore_plugin import pipeline
+
+
+@pytest.fixture(autouse=True)
+def _quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure latencies for a moment only."""
+    monkeypatch.setattr(pipeline, "latency", functools.partial(pipeline.latency, min_run_time=0.005))
