@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from load_time import cpu_name
+from measuring import command, here
 from torch import nn
 
 from dscore_plugin.datasets import ImageSet, load_data
@@ -153,20 +152,12 @@ def main() -> int:
     result = {
         "model": args.model, "ratio": args.ratio, "candidates": args.candidates, "images": len(images),
         "groups": [pool.name for pool in pools], **speed, "racing": racing, "within_bounds": within,
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-        "cpu": cpu_name(), "command": " ".join(["python", "benchmarks/coarse.py", *_shown(args)]),
+        **here(), "command": command(),
     }  # fmt: skip
     print(report(result))
     if args.out:
         write_json(args.out, result)
     return 0 if all(within.values()) else 1
-
-
-def _shown(args: argparse.Namespace) -> list[str]:
-    """Return the options that tell what was measured, without paths of this machine."""
-    chosen = {"model": args.model, "ratio": args.ratio, "candidates": args.candidates}
-    chosen |= {"images": args.images, "seeds": args.seeds}
-    return [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
 
 
 def report(result: dict[str, Any]) -> str:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_time import cpu_name
+from measuring import command, floats, here, ints
 from torch import nn
 
 from dscore_plugin import plan_pruning
@@ -228,8 +227,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--table", type=Path, help="print these results as Markdown, and measure nothing")
     parser.add_argument("--plot", type=Path, help="draw these results, and measure nothing")
     parser.add_argument("--model", default="cifar_resnet20")
-    parser.add_argument("--ratios", type=_floats, default=(0.2, 0.3, 0.4, 0.5, 0.6))
-    parser.add_argument("--numbers", type=_ints, default=(1, 10, 50, 100, 200), help="of candidates")
+    parser.add_argument("--ratios", type=floats, default=(0.2, 0.3, 0.4, 0.5, 0.6))
+    parser.add_argument("--numbers", type=ints, default=(1, 10, 50, 100, 200), help="of candidates")
     parser.add_argument("--images", type=int, default=1000, help="validation images to choose on")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/coarse_accuracy"), help="what is measured already"
@@ -239,14 +238,6 @@ def parse() -> argparse.Namespace:
     if not (args.table or args.plot or (args.data and args.weights)):
         parser.error("--data and --weights are needed to measure")
     return args
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    return tuple(map(float, text.split(",")))
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(sorted(map(int, text.split(","))))
 
 
 def main() -> None:
@@ -267,10 +258,8 @@ def main() -> None:
     result = {
         "model": args.model, "images": len(bench.images), "test_images": len(bench.data.test),
         "numbers": list(args.numbers), "dense_test_top1": dense["test_top1"], "rows": rows,
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-        "cpu": cpu_name(),
-        "command": f"python benchmarks/coarse_accuracy.py --model {args.model} --images {args.images} "
-        f"--ratios {','.join(map(str, args.ratios))} --numbers {','.join(map(str, args.numbers))}",
+        **here(),
+        "command": command(),
     }  # fmt: skip
     write_json(args.out, result)
     print(markdown(result))

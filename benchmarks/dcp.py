@@ -12,7 +12,6 @@ adds four channels at a time, and its different choices are counted.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_time import command, cpu_name
+from measuring import command, here
 
 from dscore_plugin.datasets import load_data
 from dscore_plugin.files import write_json
@@ -133,11 +132,8 @@ def main() -> int:
         "kept": sum(row["kept"] for row in rows),
         "seconds": {**sums, "starting": started},
         "rows": rows,
-        "threads": torch.get_num_threads(),
         "seed": options.seed,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu_name(),
+        **here(),
         "command": command(),
     }
     write_json(options.out, result)

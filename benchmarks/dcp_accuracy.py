@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import shutil
 import sys
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_time import command, cpu_name
+from measuring import command, here
 from torch import nn
 
 from dscore_plugin.datasets import ImageData, load_data
@@ -135,10 +134,7 @@ def main() -> int:
         "rows": rows,
         "in_order": {f"{rate:g}": _in_order(rows, rate) for rate in options.rates},
         **settings,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu_name(),
+        **here(),
         "command": command(),
     }
     write_json(options.out, result)

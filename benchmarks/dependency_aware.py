@@ -17,16 +17,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from load_time import cpu_name
+from measuring import here
 from torch import nn
 
+from dscore_plugin.bench.hardware import hardware_name
 from dscore_plugin.datasets import ImageSet, load_data
 from dscore_plugin.files import write_json
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
@@ -134,9 +134,8 @@ def main() -> int:
         "trajectory": trajectory,
         "rows": rows,
         "machine": {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
+            **here(),
+            "device": hardware_name(device),
         },
     }
     write_json(options.out, result)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import resource
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 import dcor
 import torch
-from load_time import command, cpu_name
+from measuring import command, here
 from torch import Tensor, nn
 
 from dscore_plugin.criteria.energy import energy_distance
@@ -76,8 +75,8 @@ def main() -> int:
         and result["ratio_to_dcor"] >= BOUNDS["ratio_to_dcor"]
     )
     result |= {
-        "bounds": BOUNDS, "threads": arguments.threads, "cpu": cpu_name(), "python": platform.python_version(),
-        "torch": torch.__version__, "dcor_version": dcor.__version__, "command": command(),
+        "bounds": BOUNDS, **here(),
+        "dcor_version": dcor.__version__, "command": command(),
     }  # fmt: skip
     print({key: value for key, value in result.items() if key != "scores"})
     if arguments.out:

@@ -12,7 +12,6 @@ and an interrupted training goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
-import platform
 import shutil
 import statistics
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_time import command, cpu_name
+from measuring import command, here
 from torch import nn
 
 from dscore_plugin.datasets import ImageData, load_data
@@ -91,8 +90,8 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def begin(arguments: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     return {
         **settings_of(arguments),
-        "test_images": len(data.test), "top1_dense": evaluate(dense(arguments), data.test).top1, "cpu": cpu_name(),
-        "torch": torch.__version__, "python": platform.python_version(), "command": command(), "cells": [],
+        "test_images": len(data.test), "top1_dense": evaluate(dense(arguments), data.test).top1,
+        **here(), "command": command(), "cells": [],
     }  # fmt: skip
 
 

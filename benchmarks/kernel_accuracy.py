@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import shutil
 import sys
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_time import cpu_name
+from measuring import command, floats, here
 from torch import Tensor, nn
 
 from dscore_plugin.datasets import ImageData, load_data
@@ -152,7 +151,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--table", type=Path, help="print these results as Markdown, and measure nothing")
     parser.add_argument("--plot", type=Path, help="draw these results, and measure nothing")
     parser.add_argument("--model", default="cifar_resnet20")
-    parser.add_argument("--ratios", type=_floats, default=(0.5, 0.6, 0.7, 0.8, 0.9))
+    parser.add_argument("--ratios", type=floats, default=(0.5, 0.6, 0.7, 0.8, 0.9))
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning")
     parser.add_argument("--learning-rate", type=float, default=0.02)
     parser.add_argument("--seeds", type=int, default=1)
@@ -162,10 +161,6 @@ def parse() -> argparse.Namespace:
     if not (args.table or args.plot or (args.data and args.weights)):
         parser.error("--data and --weights are needed to measure")
     return args
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    return tuple(map(float, text.split(",")))
 
 
 def main() -> None:
@@ -188,10 +183,8 @@ def main() -> None:
     result = {
         "model": args.model, "ratios": list(args.ratios), "epochs": args.epochs, "seeds": args.seeds,
         "learning_rate": args.learning_rate, "test_images": len(bench.data.test), "dense_top1": dense, "rows": rows,
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-        "cpu": cpu_name(),
-        "command": f"python benchmarks/kernel_accuracy.py --model {args.model} --epochs {args.epochs} "
-        f"--learning-rate {args.learning_rate} --ratios {','.join(map(str, args.ratios))} --seeds {args.seeds}",
+        **here(),
+        "command": command(),
     }  # fmt: skip
     write_json(args.out, result)
     print(markdown(result))

@@ -13,14 +13,13 @@ multiplications a second tell what limits it.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from load_time import cpu_name
+from measuring import command, floats, here, ints
 from torch import nn
 
 from dscore_plugin.files import read_json, write_json
@@ -147,20 +146,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--weights", type=Path, help="safetensors of a trained cifar_vgg16_bn")
     parser.add_argument("--table", type=Path, help="print these results as Markdown, and measure nothing")
-    parser.add_argument("--sparsities", type=_floats, default=(0.5, 0.7, 0.8, 0.9, 0.96, 0.97))
-    parser.add_argument("--batches", type=_ints, default=(1, 64))
+    parser.add_argument("--sparsities", type=floats, default=(0.5, 0.7, 0.8, 0.9, 0.96, 0.97))
+    parser.add_argument("--batches", type=ints, default=(1, 64))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    return tuple(map(float, text.split(",")))
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
 
 
 def main() -> int:
@@ -182,10 +173,8 @@ def main() -> int:
             layers += [layer(shape, sparsity, batch, args.rounds) for shape in SHAPES]
     result: dict[str, Any] = {
         "sparsities": list(args.sparsities), "batches": list(args.batches), "layers": layers, "whole": wholes,
-        "rounds": args.rounds, "threads": torch.get_num_threads(), "compiler": has_compiler(),
-        "torch": torch.__version__, "python": platform.python_version(), "cpu": cpu_name(),
-        "command": f"python benchmarks/kernel_sparsity.py --threads {args.threads} --rounds {args.rounds}"
-        + (f" --weights {args.weights.name}" if args.weights else ""),
+        "rounds": args.rounds, "compiler": has_compiler(), **here(),
+        "command": command(),
     }  # fmt: skip
     result["within_bounds"] = bounds(result)
     print(markdown(result))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 import timm
 import torch
 import torch_pruning as tp
+from measuring import here
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -63,23 +63,6 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def command() -> str:
-    """Return the command line as anyone can repeat it: the folders of this machine are left out."""
-    words = [word.partition(":")[0] + ":PATH" if ":/" in word else word for word in sys.argv[1:]]
-    words = [Path(word).name if "/" in word else word for word in words]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
-
-
 def measure(name: str, ratio: float, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -115,10 +98,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the result here, too")
     arguments = parser.parse_args()
     result = measure(arguments.model, arguments.ratio, arguments.repeats) | {
-        "torch": torch.__version__,
+        **here(),
         "timm": timm.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu": cpu_name(),
     }
     print(json.dumps(result, indent=2))
     if arguments.out:

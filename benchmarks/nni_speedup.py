@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import resource
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import command, here
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -172,20 +172,9 @@ def versions(arguments: argparse.Namespace) -> dict[str, Any]:
         "tolerance": TOLERANCE,
         "limit_s": arguments.limit,
         "versions": {name: version(name) for name in ("torch", "timm", "torch-pruning", "nni")},
-        "threads": torch.get_num_threads(),
-        "cpu": cpu_name(),
-        "command": "python benchmarks/nni_speedup.py --out benchmarks/results/nni_speedup.json",
+        **here(),
+        "command": command(),
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import timm
 import torch
 import torch_pruning as tp
-from load_time import cpu_name
+from measuring import here
 from torch_pruning.dependency import Group
 
 from dscore_plugin.files import write_json
@@ -109,12 +108,9 @@ def main() -> int:
         "rows": rows,
         "bounds": BOUNDS,
         "repeats": arguments.repeats,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **here(),
         "torch_pruning": metadata.version("torch-pruning"),
         "timm": timm.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu_name(),
     }
     print(table(rows))
     print(json.dumps({key: value for key, value in result.items() if key != "rows"}))

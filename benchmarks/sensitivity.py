@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_time import cpu_name
+from measuring import here
 from torch import nn
 
 from dscore_plugin.datasets import ImageSet, load_data
@@ -288,17 +287,15 @@ def main() -> int:
     images = data.validation.subset(min(args.images, len(data.validation)))
     graph = PruningGraph(model, (torch.zeros(1, *data.input_shape),))
     scored = score_groups(graph, get_criterion(args.criterion), layers="inner")
-    here = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    here |= {"python": platform.python_version(), "cpu": cpu_name()}
     result: dict[str, Any] = read_json(args.out) if args.out and args.out.exists() else {}
     if args.full:
-        result["full_table"] = {**full_tables(model, scored, images, args), **here}
+        result["full_table"] = {**full_tables(model, scored, images, args), **here()}
     else:
         sample = spread_evenly(scored, args.groups)
         settings = {"model": args.model, "criterion": args.criterion, "images": len(images)}
         settings |= {"groups": [item.group.name for item in sample], "ratios": list(args.ratios)}
         settings |= {"early_exit": args.early_exit, "batch_size": args.batch_size, "bounds": BOUNDS}
-        result |= {**settings, **here, **compare(model, sample, images, data.input_shape, args)}
+        result |= {**settings, **here(), **compare(model, sample, images, data.input_shape, args)}
     result["within_bounds"] = within_bounds(result)
     print(report(result))
     if args.out:

@@ -138,7 +138,7 @@ def _through_onnx(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> l
 
 def _onnx_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """Export; where that fails, once more with timm's attention written out: the exporter knows no fused one in 5-d."""
-    fused = [module for module in model.modules() if getattr(module, "fused_attn", None) is True]
+    fused: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", None) is True]
     try:
         return torch.onnx.export(model, inputs, dynamo=True, verbose=False)
     except Exception:
