@@ -55,7 +55,7 @@ from dscore_plugin.artifact_surgery import (
 from dscore_plugin.errors import ArtifactError
 from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write_json, write_text
 from dscore_plugin.rollback import rolled_back_on_error
-from dscore_plugin.surgery.kernels import prune_kernels
+from dscore_plugin.surgery.kernel_masks import prune_kernels
 
 METRICS, REPORT = "metrics.json", "report.md"
 STAGES = ("dense", "pruned", "recalibrated", "finetuned")

@@ -22,7 +22,7 @@ from dscore_plugin.artifact_structure import (
 )
 from dscore_plugin.artifact_surgery import Surgery, remove_layers, without_masks
 from dscore_plugin.errors import ArtifactError
-from dscore_plugin.surgery.kernels import dense_class
+from dscore_plugin.surgery.kernel_masks import dense_class
 
 # What may differ from the dense architecture without a trace in the outputs of eval mode.
 _TRAINING_ONLY = re.compile(r"training|p|momentum|inplace|grad_checkpointing|.*drop.*")

@@ -356,16 +356,12 @@ def train(
 ) -> None:
     """Train a network."""
     from dscore_plugin.report.tables import print_metrics
-    from dscore_plugin.sparse_training import (
-        SparsityGoal,
-        TrainJob,
-        paper_schedule,
-        run_train,
-        unknown_method,
-    )
+    from dscore_plugin.sparse_training import paper_schedule
+    from dscore_plugin.train_jobs import SparsityGoal, TrainJob, unknown_method
     from dscore_plugin.training.config import TrainingConfig
     from dscore_plugin.training.progress import RichProgress
     from dscore_plugin.training.synaptic import SynapticGoal, synaptic_schedule
+    from dscore_plugin.training_runs import run_train
 
     given = {"batch_size": batch_size, "weight_decay": weight_decay}
     config: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -192,8 +192,34 @@ class Choice:
         check_ratios(self.analysis.ratios)
 
 
+class Job:
+    """What jobs have in common that leave a folder and can be interrupted; they are dataclasses.
+
+    Attributes:
+        out: the folder of the result.
+    """
+
+    out: Path
+
+    @property
+    def work(self) -> Path:
+        """Where checkpoints lie until the result is complete."""
+        return self.out.with_name(self.out.name + ".work")
+
+    def logs(self, checkpoint: Path) -> Path:
+        """Say where the tracker of the training with this checkpoint writes; logs stay when the work is done."""
+        return self.out.with_name(self.out.name + ".logs") / checkpoint.relative_to(self.work)
+
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted run and its continuation must have in common."""
+        content = asdict(self)  # type: ignore[call-overload]
+        for key in ("force", "resume", "command", "out"):
+            del content[key]
+        return content
+
+
 @dataclass(frozen=True)
-class PruneJob:
+class PruneJob(Job):
     """Everything that ``dscore prune`` is asked to do.
 
     Attributes:
@@ -225,25 +251,13 @@ class PruneJob:
     command: str = ""
 
     @property
-    def work(self) -> Path:
-        """Where checkpoints lie until the artifact is complete."""
-        return self.out.with_name(self.out.name + ".work")
-
-    def logs(self, checkpoint: Path) -> Path:
-        """Say where the tracker of the training with this checkpoint writes; logs stay when the work is done."""
-        return self.out.with_name(self.out.name + ".logs") / checkpoint.relative_to(self.work)
-
-    @property
     def stages(self) -> tuple[Choice, ...]:
         """One choice for each stage."""
         return self.choices * self.rounds
 
     def identity(self) -> dict[str, Any]:
         """What an interrupted run and its continuation must have in common."""
-        content = asdict(self)
-        for key in ("force", "resume", "command", "out"):
-            del content[key]
-        return {**content, "plan": str(self.plan) if self.plan else None}
+        return {**super().identity(), "plan": str(self.plan) if self.plan else None}
 
     def dense_training(self) -> int:
         """How many epochs a dense network is trained where there are no weights."""

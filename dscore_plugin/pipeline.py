@@ -21,9 +21,10 @@ from dscore_plugin.errors import ArtifactError, ModelError
 from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write_json
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.jobs import Choice, PruneJob, Source, amount_in_round
+from dscore_plugin.loading import load_object
 from dscore_plugin.plan import ChannelRemoval, Plan
 from dscore_plugin.planning import GOALS, plan_pruning, rerank_groups, score_groups, selection_request
-from dscore_plugin.registry import get_criterion, load_object
+from dscore_plugin.registry import get_criterion
 from dscore_plugin.report.kernel_numbers import kernel_report, sparse_latency
 from dscore_plugin.report.numbers import count, file_sizes, latency
 from dscore_plugin.report.pictures import draw_pictures
@@ -31,7 +32,7 @@ from dscore_plugin.report.plots import plot_sensitivity
 from dscore_plugin.report.tables import report_markdown
 from dscore_plugin.selection.kernels import plan_kernels
 from dscore_plugin.selection.sensitivity import Sensitivity, check_ratios, sensitivity_analysis
-from dscore_plugin.surgery.kernels import kernel_masks
+from dscore_plugin.surgery.kernel_masks import kernel_masks
 from dscore_plugin.surgery.layers import find_branches
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm

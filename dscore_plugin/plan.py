@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dscore_plugin.errors import PlanError
-from dscore_plugin.registry import load_object
+from dscore_plugin.loading import load_object
 from dscore_plugin.rollback import rolled_back_on_error
 
 FORMAT_VERSION = 1

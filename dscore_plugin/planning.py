@@ -17,9 +17,10 @@ from dscore_plugin.errors import BudgetError, CriterionError, DScoreError, Model
 from dscore_plugin.groups import ChannelGroup, ScoredGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph, producers
 from dscore_plugin.integrations.torch_pruning.removal import remove_channels
+from dscore_plugin.loading import load_object
 from dscore_plugin.modes import modes_kept
 from dscore_plugin.plan import ChannelRemoval, LayerRow, Plan, fingerprint
-from dscore_plugin.registry import CriterionInfo, get_criterion, load_object
+from dscore_plugin.registry import CriterionInfo, get_criterion
 from dscore_plugin.report.numbers import latency
 from dscore_plugin.selection.allocation import Counts, GlobalPath, Limits, Path, UniformPath, total
 from dscore_plugin.selection.budget import Measure, check_fraction, meet, meet_latency

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module, metadata
+from importlib import metadata
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dscore_plugin.errors import CriterionError, did_you_mean
+from dscore_plugin.loading import load_object
 
 if TYPE_CHECKING:
     from dscore_plugin.selection.selector import Selector
@@ -123,12 +124,6 @@ class CriterionInfo:
             raise CriterionError(
                 f"criterion {self.name!r} cannot take the options {options}: {error}"
             ) from error
-
-
-def load_object(path: str) -> Any:
-    """Import what ``module:attribute`` names."""
-    module, _, attribute = path.partition(":")
-    return getattr(import_module(module), attribute)
 
 
 _DCP = "Zhuang et al., Discrimination-aware Channel Pruning for Deep Neural Networks"

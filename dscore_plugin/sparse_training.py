@@ -1,88 +1,41 @@
-"""Training runs: a dense network, or the whole of dependency-aware pruning: train sparse, prune, train again."""
+"""The whole of dependency-aware pruning: train towards sparsity, prune, train again."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from dscore_plugin.artifact import save_pruned
 from dscore_plugin.criteria.dependency_aware import (
     MIN_CHANNELS,
-    TRAINING_THRESHOLD,
     final_threshold,
     survivors,
 )
 from dscore_plugin.datasets import ImageData
-from dscore_plugin.errors import BudgetError, TrainingError, did_you_mean
-from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write_json
+from dscore_plugin.errors import BudgetError, TrainingError
+from dscore_plugin.files import ensure_writable, read_json, write_json
 from dscore_plugin.groups import ScoredGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.integrations.torch_pruning.links import scored_layers
-from dscore_plugin.jobs import Source
 from dscore_plugin.pipeline import Say, measure, open_work
 from dscore_plugin.plan import ChannelRemoval, InputRemoval, Plan
 from dscore_plugin.planning import build_plan
 from dscore_plugin.report.numbers import file_sizes
 from dscore_plugin.report.plots import plot_sparsity
 from dscore_plugin.report.tables import report_markdown
+from dscore_plugin.train_jobs import METHODS, SparsityGoal, TrainJob, train_phase
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm
 from dscore_plugin.training.history import TrainingResult
-from dscore_plugin.training.loop import train
 from dscore_plugin.training.progress import NoProgress, Progress
 from dscore_plugin.training.sparsity import DependencyAwareRegularizer, ScoredLayer
-from dscore_plugin.training.synaptic import SynapticGoal
-
-METHODS = ("dependency_aware", "synaptic_strength")
-
-
-@dataclass(frozen=True)
-class SparsityGoal:
-    """Where a sparsity training shall end, and how it gets there.
-
-    Attributes:
-        target: share of the scored channels to remove, in (0, 1).
-        training: of the sparse phase.
-        method: ``"dependency_aware"``.
-        delta: step of lambda; None scales the paper's to the number of epochs.
-        threshold: what counts as near zero while training, relative to a layer's maximum.
-        min_channels: that every layer keeps at least.
-    """
-
-    target: float
-    training: TrainingConfig
-    method: str = METHODS[0]
-    delta: float | None = None
-    threshold: float = TRAINING_THRESHOLD
-    min_channels: int = MIN_CHANNELS
-
-    def check(self) -> None:
-        """Refuse what can be refused without a model; raise a DScoreError."""
-        if self.method != METHODS[0]:
-            raise unknown_method(self.method)
-        if not 0 < self.target < 1:
-            raise BudgetError(f"target must lie between 0 and 1 (exclusive), got {self.target:g}")
-        if self.min_channels < 1 or not 0 < self.threshold < 1:
-            raise BudgetError(
-                f"expected min_channels >= 1 and a threshold between 0 and 1, got {self.min_channels} and "
-                f"{self.threshold:g}"
-            )
-        if self.delta is not None and not 0 < self.delta < float("inf"):
-            raise TrainingError(f"delta must be a number > 0, got {self.delta:g}")
-
-
-def unknown_method(name: str) -> TrainingError:
-    """Say that there is no sparsity training of this name."""
-    hint = did_you_mean(name, METHODS)
-    return TrainingError(f"sparsity training {name!r} is unknown; expected {' or '.join(METHODS)}{hint}")
 
 
 def paper_schedule(
@@ -113,94 +66,46 @@ def paper_schedule(
     return sparse, replace(sparse, epochs=later, schedule="steps", milestones=milestones)
 
 
-@dataclass(frozen=True)
-class TrainJob:
-    """Everything that ``dscore train`` is asked to do.
+def run_sparse(job: TrainJob, progress: Progress | None = None, say: Say = lambda _: None) -> dict[str, Any]:
+    """Train towards sparsity of channels, prune by one threshold, train again, save an artifact.
 
-    Attributes:
-        source: network, images, and the weights to begin with, if not random ones.
-        training: of the dense network; with a sparsity goal, of the retraining after the removal.
-        out: the folder of the result.
-        sparsity: what shall become sparse: channels, or kernels; None trains a dense network.
-        force: replace an existing result.
-        resume: go on with an interrupted run.
-        command: the command line, for the report.
-    """
-
-    source: Source
-    training: TrainingConfig
-    out: Path
-    sparsity: SparsityGoal | SynapticGoal | None = None
-    force: bool = False
-    resume: bool = False
-    command: str = ""
-
-    @property
-    def work(self) -> Path:
-        """Where checkpoints lie until the result is complete."""
-        return self.out.with_name(self.out.name + ".work")
-
-    @property
-    def logs(self) -> Path:
-        """Where trackers write; they stay when the work is done."""
-        return self.out.with_name(self.out.name + ".logs")
-
-    def identity(self) -> dict[str, Any]:
-        """What an interrupted run and its continuation must have in common."""
-        content = asdict(self)
-        for key in ("force", "resume", "command", "out"):
-            del content[key]
-        return content
-
-
-def run_train(job: TrainJob, progress: Progress | None = None, say: Say = lambda _: None) -> dict[str, Any]:
-    """Train a network, dense or towards sparsity, and save it.
-
-    A dense run leaves ``model.safetensors``, ``history.json`` and ``metrics.json``. A sparse run leaves an artifact
-    for :func:`dscore_plugin.load_pruned`, and in it ``sparsity.json``, ``.png`` and ``.svg`` (the trajectory) and
-    ``history.json`` (the retraining). A goal for kernels is handed on to
-    :func:`dscore_plugin.synaptic_training.run_synaptic`.
+    The artifact also has ``sparsity.json``, ``.png`` and ``.svg`` (the trajectory), and ``history.json`` (of the
+    retraining).
 
     Args:
-        job: what to do.
+        job: what to do; its ``sparsity`` is a :class:`~dscore_plugin.train_jobs.SparsityGoal`, its ``training`` the
+            retraining.
         progress: shows bars.
         say: takes a line of news now and then.
 
     Returns:
-        The content of ``metrics.json``. A dense run has ``dense``; a sparse one has ``dense`` (after the sparse
-        training), ``pruned``, ``recalibrated``, ``finetuned`` (after the retraining), each with ``top1`` in percent,
-        ``macs``, ``params`` and ``latency_ms``, and ``sparsity``: ``target``, ``reached``, ``threshold``, ``removed``.
+        The content of ``metrics.json``: ``dense`` (after the sparse training), ``pruned``, ``recalibrated``,
+        ``finetuned`` (after the retraining), each with ``top1`` in percent, ``macs``, ``params`` and ``latency_ms``;
+        ``sparsity``: ``target``, ``reached``, ``threshold``, ``removed``.
 
     Raises:
         DScoreError: on bad input, before any work starts; or if the work fails, with what was finished kept.
     """
-    if isinstance(job.sparsity, SynapticGoal):
-        from dscore_plugin.synaptic_training import run_synaptic
-
-        return run_synaptic(job, progress, say)
+    goal = job.sparsity
+    if not isinstance(goal, SparsityGoal):
+        raise TrainingError(f"expected a SparsityGoal, got {type(goal).__name__}")
     shown = progress or NoProgress()
     ensure_writable(job.out, job.force)
-    if job.sparsity is not None:
-        job.sparsity.check()
+    goal.check()
     data = job.source.load_images()
     model = job.source.build(data)
-    graph = PruningGraph(model, (_example(model, data),)) if job.sparsity else None
-    layers = scored_layers(graph) if graph else ()
-    regularizer = _regularizer(model, layers, job.sparsity) if job.sparsity else None
+    example = (torch.zeros(1, *data.input_shape, device=next(model.parameters()).device),)
+    regularizer = _regularizer(model, scored_layers(PruningGraph(model, example)), goal)
     open_work(job.work, job.identity(), say, force=job.force, resume=job.resume)
-    if job.sparsity is None:
-        return _train_dense(job, model, data, shown, say)
 
-    sparse = _train(job, model, data, "sparse", job.sparsity.training, shown, regularizer)
+    sparse = train_phase(job, model, data, "sparse", goal.training, shown, regularizer)
     metrics: dict[str, Any] = {"dense": measure(model, data, shown)}
     say(f"trained towards sparsity: {_last(sparse)}, top-1 {metrics['dense']['top1']:.2f} %")
-    if sparse.final.regularizer["sparsity"] < job.sparsity.target - 0.05:
+    if sparse.final.regularizer["sparsity"] < goal.target - 0.05:
         say(
             "the sparsity is short of its target: train longer, or raise delta; the plan takes the target anyway"
         )
-    plan, metrics["sparsity"] = plan_sparsity(
-        model, (_example(model, data),), job.sparsity.target, min_channels=job.sparsity.min_channels
-    )
+    plan, metrics["sparsity"] = plan_sparsity(model, example, goal.target, min_channels=goal.min_channels)
     metrics["sparsity"]["reached"] = sparse.final.regularizer["sparsity"]
     plan.save(job.work / "plan.json")
     say(str(plan))
@@ -208,7 +113,7 @@ def run_train(job: TrainJob, progress: Progress | None = None, say: Say = lambda
     metrics["pruned"] = measure(model, data, shown)
     recalibrate_batchnorm(model, data.train.plain())
     metrics["recalibrated"] = {**metrics["pruned"], "top1": evaluate(model, data.test, progress=shown).top1}
-    retrained = _train(job, model, data, "retrain", job.training, shown)
+    retrained = train_phase(job, model, data, "retrain", job.training, shown)
     metrics["finetuned"] = {**metrics["pruned"], "top1": evaluate(model, data.test, progress=shown).top1}
     if PartialState().is_main_process:
         _save(job, model, data, plan, metrics, sparse, retrained)
@@ -295,44 +200,6 @@ def _regularizer(
     )
 
 
-def _train(
-    job: TrainJob,
-    model: nn.Module,
-    data: ImageData,
-    phase: str,
-    config: TrainingConfig,
-    progress: Progress,
-    regularizer: DependencyAwareRegularizer | None = None,
-) -> TrainingResult:
-    return train(
-        model,
-        data.train,
-        data.validation,
-        config,
-        checkpoint=job.work / phase,
-        resume=job.resume,
-        logs=job.logs / phase,
-        regularizer=regularizer,
-        progress=progress,
-    )
-
-
-def _train_dense(
-    job: TrainJob, model: nn.Module, data: ImageData, progress: Progress, say: Say
-) -> dict[str, Any]:
-    result = _train(job, model, data, "dense", job.training, progress)
-    metrics = {"dense": measure(model, data, progress)}
-    if PartialState().is_main_process:
-        with atomic_folder(job.out, job.force) as folder:
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-            write_json(folder / "history.json", result.rows())
-            write_json(folder / "metrics.json", metrics)
-        shutil.rmtree(job.work)
-        say(f"saved {job.out}: model.safetensors, history.json, metrics.json")
-    return metrics
-
-
 def _save(
     job: TrainJob,
     model: nn.Module,
@@ -368,10 +235,6 @@ def _save(
         report=report,
         force=job.force,
     )
-
-
-def _example(model: nn.Module, data: ImageData) -> Tensor:
-    return torch.zeros(1, *data.input_shape, device=next(model.parameters()).device)
 
 
 def _last(result: TrainingResult) -> str:

@@ -29,13 +29,10 @@ from dscore_plugin.report.kernel_numbers import kernel_report
 from dscore_plugin.report.numbers import file_sizes
 from dscore_plugin.report.tables import report_markdown
 from dscore_plugin.selection.kernels import plan_kernel_ratios
-from dscore_plugin.sparse_training import TrainJob
-from dscore_plugin.training.config import TrainingConfig
+from dscore_plugin.train_jobs import TrainJob, train_phase
 from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm
 from dscore_plugin.training.history import TrainingResult
-from dscore_plugin.training.loop import train
 from dscore_plugin.training.progress import NoProgress, Progress
-from dscore_plugin.training.regularizer import Regularizer
 from dscore_plugin.training.synaptic import SynapticGoal, SynapticRegularizer, from_synaptic, to_synaptic
 
 
@@ -72,7 +69,7 @@ def run_synaptic(
     regularizer = SynapticRegularizer(model, goal.strength, goal.training.weight_decay)
     open_work(job.work, job.identity(), say, force=job.force, resume=job.resume)
 
-    sparse = _train(job, model, data, "sparse", goal.training, shown, regularizer)
+    sparse = train_phase(job, model, data, "sparse", goal.training, shown, regularizer)
     from_synaptic(model)
     metrics: dict[str, Any] = {"dense": measure(model, data, shown)}
     near_zero = sparse.final.regularizer["sparsity"]
@@ -86,7 +83,7 @@ def run_synaptic(
     metrics["pruned"] = measure(model, data, shown)
     recalibrate_batchnorm(model, data.train.plain())
     metrics["recalibrated"] = {**metrics["pruned"], "top1": evaluate(model, data.test, progress=shown).top1}
-    retrained = _train(job, model, data, "retrain", job.training, shown)
+    retrained = train_phase(job, model, data, "retrain", job.training, shown)
     metrics["finetuned"] = {**metrics["pruned"], "top1": evaluate(model, data.test, progress=shown).top1}
     metrics["kernels"] = kernel_report(model, data.input_shape)
     if PartialState().is_main_process:
@@ -127,28 +124,6 @@ def _plans(model: nn.Module, example: tuple[Tensor], goal: SynapticGoal) -> list
     scores = kernel_scores(model, example)
     return plan_kernel_ratios(
         model, example, scores, ratios=ratios, made_by=made_by, skip_first=goal.skip_first
-    )
-
-
-def _train(
-    job: TrainJob,
-    model: nn.Module,
-    data: ImageData,
-    phase: str,
-    config: TrainingConfig,
-    progress: Progress,
-    regularizer: Regularizer | None = None,
-) -> TrainingResult:
-    return train(
-        model,
-        data.train,
-        data.validation,
-        config,
-        checkpoint=job.work / phase,
-        resume=job.resume,
-        logs=job.logs / phase,
-        regularizer=regularizer,
-        progress=progress,
     )
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dscore_plugin.jobs import Source
-from dscore_plugin.sparse_training import SparsityGoal, TrainJob, paper_schedule, run_train
+from dscore_plugin.sparse_training import paper_schedule
+from dscore_plugin.train_jobs import SparsityGoal, TrainJob
 from dscore_plugin.training.sparsity import DependencyAwareRegularizer
+from dscore_plugin.training_runs import run_train
 
 
 def job(out: Path, *, resume: bool = False) -> TrainJob:

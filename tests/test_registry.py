@@ -12,7 +12,8 @@ import torch
 from dscore_plugin import get_criterion, list_criteria, plan_pruning, registry
 from dscore_plugin.criteria.d_score import d_score
 from dscore_plugin.errors import CriterionError
-from dscore_plugin.registry import ENTRY_POINTS, CriterionInfo, load_object
+from dscore_plugin.loading import load_object
+from dscore_plugin.registry import ENTRY_POINTS, CriterionInfo
 from tests.architectures import Residual
 
 OURS = {"d_score", "d_step", "d_step_gm"}

@@ -23,14 +23,11 @@ from dscore_plugin.jobs import Source
 from dscore_plugin.models import create_model, load_weights
 from dscore_plugin.plan import ChannelRemoval, InputRemoval, Plan
 from dscore_plugin.report.numbers import count
-from dscore_plugin.sparse_training import (
-    TrainJob,
-    paper_schedule,
-    plan_sparsity,
-    run_train,
-)
+from dscore_plugin.sparse_training import paper_schedule, plan_sparsity
+from dscore_plugin.train_jobs import TrainJob
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.evaluation import evaluate
+from dscore_plugin.training_runs import run_train
 
 from .killed_training import job
 

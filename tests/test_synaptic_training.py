@@ -12,9 +12,9 @@ from dscore_plugin import load_pruned
 from dscore_plugin.errors import BudgetError
 from dscore_plugin.jobs import Source
 from dscore_plugin.report.kernel_numbers import kernel_numbers
-from dscore_plugin.sparse_training import TrainJob
 from dscore_plugin.surgery.kernels import kernel_masks
 from dscore_plugin.synaptic_training import run_synaptic
+from dscore_plugin.train_jobs import TrainJob
 from dscore_plugin.training.synaptic import SynapticGoal, synaptic_schedule
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dscore_plugin import pipeline, sparse_training
+from dscore_plugin import pipeline, train_jobs
 from dscore_plugin.cli import main
 from dscore_plugin.models import create_model
 from tests.training.test_tracking import read as read_curves
@@ -113,9 +113,9 @@ def test_dscore_train_takes_them_and_averages_no_weights_under_a_penalty(
     assert len(json.loads((tmp_path / "dense" / "history.json").read_text())) == 2
 
     seen = []
-    train = sparse_training.train
+    train = train_jobs.train
     monkeypatch.setattr(
-        sparse_training, "train", lambda *args, **kwargs: seen.append(args[3]) or train(*args, **kwargs)
+        train_jobs, "train", lambda *args, **kwargs: seen.append(args[3]) or train(*args, **kwargs)
     )
     sparse = ("--sparsity", "dependency_aware", "--retrain-epochs", 1, "--delta", 0.01)
     assert dscore(*common, *every, *sparse, "--out", "sparse")[0] == 0

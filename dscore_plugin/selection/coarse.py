@@ -16,9 +16,10 @@ from dscore_plugin.criteria.coarse import TEMPERATURE
 from dscore_plugin.datasets import ImageData
 from dscore_plugin.errors import BudgetError, CriterionError, ModelError
 from dscore_plugin.groups import ChannelGroup, Role, ScoredGroup, removal_count
+from dscore_plugin.loading import load_object
 from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.plan import KernelRemoval, LayerRow, Plan, fingerprint
-from dscore_plugin.registry import get_criterion, list_criteria, load_object
+from dscore_plugin.registry import get_criterion, list_criteria
 from dscore_plugin.selection.allocation import Counts
 from dscore_plugin.selection.budget import check_fraction
 from dscore_plugin.selection.candidates import Options, Pool, Search, search

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dscore_plugin.files import atomic_folder
 from dscore_plugin.masking import masked
+from dscore_plugin.selection.discrimination_settings import DiscriminationAwareSettings
 from dscore_plugin.selection.greedy_channels import Chosen, GreedySelection, LayerTask
 from dscore_plugin.selection.journal import Journal
 from dscore_plugin.selection.layer_candidates import Candidate
@@ -20,9 +21,6 @@ from dscore_plugin.training.batches import stream_seed
 from dscore_plugin.training.head_places import Segment
 from dscore_plugin.training.heads import Batch, Heads, Losses, frozen_copy, train_heads
 from dscore_plugin.training.progress import Progress
-
-if TYPE_CHECKING:
-    from dscore_plugin.selection.discrimination_aware import DiscriminationAwareSelector
 
 _WEIGHT = "weight.safetensors"
 
@@ -51,7 +49,7 @@ class TuningData:
 class Run:
     """One choice for a whole network."""
 
-    selector: DiscriminationAwareSelector
+    settings: DiscriminationAwareSettings
     model: nn.Module
     example_inputs: tuple[Any, ...]
     found: Mapping[str, Candidate]
@@ -76,9 +74,9 @@ class Run:
         if not open_tasks:
             return
         greedy = GreedySelection(
-            reference, self.model, heads, self.batches, self.selector.greedy, self.selector.memory_limit
+            reference, self.model, heads, self.batches, self.settings.greedy, self.settings.memory_limit
         )
-        steps = sum(task.size if self.selector.adapt else task.keep for task in open_tasks)
+        steps = sum(task.size if self.settings.adapt else task.keep for task in open_tasks)
         with self.progress.task("choosing channels", steps) as advance:
             for task in open_tasks:
                 chosen = greedy.choose(task, advance)
@@ -88,12 +86,12 @@ class Run:
                 self.say(f"{task.layer}: {len(chosen.order)} of {task.size} inputs stay")
 
     def _train(self, number: int, heads: Heads, segments: Sequence[Segment]) -> None:
-        selector, tuning = self.selector, self.tuning
-        with_network = bool(selector.head_epochs) and tuning is not None
+        settings, tuning = self.settings, self.tuning
+        with_network = bool(settings.head_epochs) and tuning is not None
         if not with_network or tuning is None:
             tuning, losses = TuningData.of(self.batches), Losses.alone(heads)
         else:
-            losses = Losses.by_depth(segments) if selector.order == "single" else Losses.equal(heads)
+            losses = Losses.by_depth(segments) if settings.order == "single" else Losses.equal(heads)
         gone = [
             (c.group, [unit for unit in range(c.group.units) if unit not in self.orders[c.group.name]])
             for c in self.found.values()
@@ -101,7 +99,7 @@ class Run:
         ]
         with masked(self.model, gone):  # what left in an earlier stage gets no gradient
             train_heads(
-                self.model, heads, tuning.batches, tuning.steps, selector.tuning_config(stream_seed(self.seed, number)),
+                self.model, heads, tuning.batches, tuning.steps, settings.tuning_config(stream_seed(self.seed, number)),
                 losses, images=tuning.images, checkpoint=self.work.folder / f"heads{number}" if self.work else None,
                 progress=self.progress,
             )  # fmt: skip

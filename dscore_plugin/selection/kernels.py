@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dscore_plugin.errors import CriterionError, ModelError
 from dscore_plugin.groups import removal_count
+from dscore_plugin.loading import load_object
 from dscore_plugin.plan import KernelRemoval, LayerRow, Plan, fingerprint
-from dscore_plugin.registry import load_object
 from dscore_plugin.selection.budget import check_fraction
 from dscore_plugin.selection.coarse import Convolution, prunable_kernels, used_convolutions
 

@@ -22,7 +22,7 @@ from dscore_plugin.groups import ChannelGroup, Member, Role
 from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.plan import ChannelRemoval, LayerRow, Plan, fingerprint
 from dscore_plugin.rollback import rolled_back_on_error
-from dscore_plugin.surgery.kernels import KernelMasked, prune_kernels
+from dscore_plugin.surgery.kernel_masks import KernelMasked, prune_kernels
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TOLERANCE = 1e-4

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dscore_plugin.errors import ModelError, PlanError, did_you_mean
-from dscore_plugin.surgery.kernels import remove_masks
+from dscore_plugin.surgery.kernel_masks import remove_masks
 from dscore_plugin.surgery.sparse_backends import BACKENDS, DENSE, SparseConv2d, live_kernels, usable_backends
 
 _TOLERANCE = 1e-4

@@ -24,8 +24,8 @@ from torch.nn.utils import parametrize
 
 from dscore_plugin.criteria.synaptic_strength import LAMBDAS
 from dscore_plugin.errors import BudgetError, TrainingError
+from dscore_plugin.loading import load_object
 from dscore_plugin.modes import in_eval_mode
-from dscore_plugin.registry import load_object
 from dscore_plugin.rollback import rolled_back_on_error
 from dscore_plugin.training.config import TrainingConfig
 

@@ -15,7 +15,7 @@ from dscore_plugin.errors import CriterionError, DScoreError, ModelError
 from dscore_plugin.groups import ChannelGroup, Member, Role, ScoredGroup
 from dscore_plugin.integrations.nni.config import Target
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
-from dscore_plugin.registry import load_object
+from dscore_plugin.loading import load_object
 
 Gradients = Mapping[str, Tensor]
 _MAKERS = (Role.PRODUCER, Role.DEPTHWISE)

@@ -12,11 +12,12 @@ from dscore_plugin.datasets import ImageData
 from dscore_plugin.errors import BudgetError, CriterionError, ModelError
 from dscore_plugin.groups import removal_count
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
+from dscore_plugin.loading import load_object
 from dscore_plugin.masking import Masks, masked
 from dscore_plugin.models import create_model
 from dscore_plugin.plan import KernelRemoval, Plan
 from dscore_plugin.planning import plan_pruning, selection_request
-from dscore_plugin.registry import get_criterion, load_object
+from dscore_plugin.registry import get_criterion
 from dscore_plugin.selection.coarse import CoarseSelector, channel_weights_removed, used_convolutions
 from dscore_plugin.selection.selector import Request
 from tests.selection.helpers import labelled_images, network
