@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dscore_plugin import pipeline
 from dscore_plugin.bench import runner
@@ -161,7 +163,12 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     asked = protocol(tmp_path, training={**PROTOCOL["training"], "epochs": 2})
     here, out = place(tmp_path), tmp_path / "out.json"
     script = Path(__file__).with_name("killed_bench.py")
-    killed = subprocess.run([sys.executable, script, tmp_path / "tiny.json", here.weights, here.work, out])
+    threads = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # they decide how sums are rounded
+    command = [sys.executable, script, tmp_path / "tiny.json", here.weights, here.work, out]
+    killed = subprocess.run(command, env=threads)
     assert killed.returncode == -signal.SIGKILL
     assert [entry["row"] for entry in read_records(out)] == ["random"]
     assert [entry.state for entry in survey(asked, read_records(out), here).entries] == [DONE, STARTED]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -54,14 +55,19 @@ def test_tensorboard_shows_the_history(
 def test_a_resumed_run_goes_on_in_its_curves_and_replaces_what_was_cut_off(
     train_images: TinyImages, tmp_path: Path
 ) -> None:
+    def next_second() -> None:
+        time.sleep(1)  # TensorBoard reads its files in the order of their names, which tell the second
+
     folder, short = tmp_path / "run", replace(CONFIG, epochs=2)
     first = train(tiny_network(), train_images, None, short, checkpoint=folder, logs=tmp_path / "logs")
+    next_second()
     with pytest.MonkeyPatch.context() as patch:  # as if an epoch had been logged and its checkpoint lost
         patch.setattr("dscore_plugin.training.loop.save_checkpoint", lambda *arguments: None)
         longer = replace(CONFIG, epochs=4)
         train(
             tiny_network(), train_images, None, longer, checkpoint=folder, resume=True, logs=tmp_path / "logs"
         )
+    next_second()
     result = train(
         tiny_network(), train_images, None, longer, checkpoint=folder, resume=True, logs=tmp_path / "logs"
     )
