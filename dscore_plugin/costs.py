@@ -1,11 +1,36 @@
-"""What a plan costs in MACs and parameters, from an analytic table: the model is not touched while one chooses."""
+"""What networks and plans cost in MACs and parameters; plans from an analytic table, without touching the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from dscore_plugin.groups import ChannelGroup, Role
+from dscore_plugin.loading import load_object
+
+_COUNTER = "dscore_plugin.integrations.torch_pruning.counting:count"
+
+
+def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
+    """Count the MACs of one image and the parameters, as Torch-Pruning counts them.
+
+    Convolutions and linear layers are multiply-accumulates (their biases too); norms, activations and
+    poolings that are modules add one or two for each element. Subclasses of a convolution or a linear layer,
+    which Torch-Pruning's counter looks past, are counted as what they are.
+
+    Args:
+        model: any network; it works on a copy, so neither its mode nor its statistics change.
+        example_inputs: a tensor of shape ``(B, C, H, W)``, or a tuple of inputs, on the model's device.
+
+    Returns:
+        MACs of one image, and parameters.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    macs, params = load_object(_COUNTER)(model, inputs)
+    return macs, params
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from dscore_plugin.artifact import load_pruned, read_structure, save_pruned
+from dscore_plugin.costs import count
 from dscore_plugin.datasets import ImageData
 from dscore_plugin.errors import ArtifactError, ModelError
 from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write_json
@@ -26,7 +27,7 @@ from dscore_plugin.plan import ChannelRemoval, Plan
 from dscore_plugin.planning import GOALS, plan_pruning, rerank_groups, score_groups, selection_request
 from dscore_plugin.registry import get_criterion
 from dscore_plugin.report.kernel_numbers import kernel_report, sparse_latency
-from dscore_plugin.report.numbers import count, file_sizes, latency
+from dscore_plugin.report.numbers import file_sizes, latency
 from dscore_plugin.report.pictures import draw_pictures
 from dscore_plugin.report.plots import plot_sensitivity
 from dscore_plugin.report.tables import report_markdown

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dscore_plugin import load_pruned
+from dscore_plugin.costs import count
 from dscore_plugin.datasets import load_data
 from dscore_plugin.errors import ArtifactError, BudgetError, TrainingError
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
@@ -22,7 +23,6 @@ from dscore_plugin.integrations.torch_pruning.links import scored_layers
 from dscore_plugin.jobs import Source
 from dscore_plugin.models import create_model, load_weights
 from dscore_plugin.plan import ChannelRemoval, InputRemoval, Plan
-from dscore_plugin.report.numbers import count
 from dscore_plugin.sparse_training import paper_schedule, plan_sparsity
 from dscore_plugin.train_jobs import TrainJob
 from dscore_plugin.training.config import TrainingConfig

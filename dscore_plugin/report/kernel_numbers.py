@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dscore_plugin.report.numbers import count, file_sizes
+from dscore_plugin.costs import count
+from dscore_plugin.report.numbers import file_sizes
 from dscore_plugin.selection.coarse import used_convolutions
 from dscore_plugin.surgery.kernels import compile_sparse
 

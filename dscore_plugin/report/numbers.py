@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,25 +13,6 @@ from dscore_plugin.modes import in_eval_mode
 
 _SPREAD = 0.1  # measure on until the interquartile range is below this part of the median
 _PATIENCE = 4  # but no longer than this many times the least time
-
-
-def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
-    """Count the MACs of one image and the parameters, as Torch-Pruning counts them.
-
-    Convolutions and linear layers are multiply-accumulates (their biases too); norms, activations and
-    poolings that are modules add one or two for each element. Subclasses of a convolution or a linear layer,
-    which Torch-Pruning's counter looks past, are counted as what they are.
-
-    Args:
-        model: any network; it works on a copy, so neither its mode nor its statistics change.
-        example_inputs: a tensor of shape ``(B, C, H, W)``, or a tuple of inputs, on the model's device.
-
-    Returns:
-        MACs of one image, and parameters.
-    """
-    from dscore_plugin.integrations.torch_pruning import counting
-
-    return counting.count(model, example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
 
 
 def latency(

@@ -14,12 +14,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from dscore_plugin.costs import count
 from dscore_plugin.criteria.energy import Aggregate, ClassDistances, Statistic
 from dscore_plugin.datasets import ImageData, ImageSet
 from dscore_plugin.errors import BudgetError, CriterionError, ModelError, did_you_mean
 from dscore_plugin.groups import removal_count
 from dscore_plugin.plan import LayerRemoval, LayerRow, Plan, fingerprint
-from dscore_plugin.report.numbers import count
 from dscore_plugin.selection.budget import check_fraction
 from dscore_plugin.selection.feature_maps import MEMORY_LIMIT, feature_map_sizes, feature_maps
 from dscore_plugin.selection.journal import Journal

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dscore_plugin.costs import count
 from dscore_plugin.errors import CriterionError, ModelError
 from dscore_plugin.groups import removal_count
-from dscore_plugin.loading import load_object
 from dscore_plugin.plan import KernelRemoval, LayerRow, Plan, fingerprint
 from dscore_plugin.selection.budget import check_fraction
 from dscore_plugin.selection.coarse import Convolution, prunable_kernels, used_convolutions
-
-_COUNTER = "dscore_plugin.integrations.torch_pruning.counting:count"
 
 
 def plan_kernels(
@@ -176,7 +174,7 @@ def _present_cost(
     model: nn.Module, example_inputs: tuple[Any, ...], convolutions: Sequence[Convolution]
 ) -> tuple[int, int]:
     """Count MACs of one image and parameters by Torch-Pruning's rules; kernels that are gone already cost nothing."""
-    macs, params = load_object(_COUNTER)(model, example_inputs)
+    macs, params = count(model, example_inputs)
     gone = {c.name: int((~_live(c)).sum()) * _size(c) for c in convolutions}
     return macs - sum(gone[c.name] * c.positions for c in convolutions), params - sum(gone.values())
 

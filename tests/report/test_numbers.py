@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dscore_plugin.costs import count
 from dscore_plugin.models import create_model
-from dscore_plugin.report.numbers import count, file_sizes, latency, weight_bytes
+from dscore_plugin.report.numbers import file_sizes, latency, weight_bytes
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.GELU)
 POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)

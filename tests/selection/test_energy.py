@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dscore_plugin.costs import count
 from dscore_plugin.criteria.energy import distance_correlation_sqr, distance_covariance_sqr, layer_energy
 from dscore_plugin.datasets import ImageData, load_data
 from dscore_plugin.errors import BudgetError, CriterionError, ModelError
 from dscore_plugin.models import create_model, load_weights
 from dscore_plugin.plan import LayerRemoval, Plan
 from dscore_plugin.registry import get_criterion
-from dscore_plugin.report.numbers import count
 from dscore_plugin.selection.energy import EnergySelector, cluster
 from dscore_plugin.selection.selector import Request
 from dscore_plugin.surgery.layers import find_branches

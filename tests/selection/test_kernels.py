@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dscore_plugin.costs import count
 from dscore_plugin.errors import BudgetError, CriterionError, ModelError
 from dscore_plugin.models import create_model
 from dscore_plugin.plan import Plan
-from dscore_plugin.report.numbers import count
 from dscore_plugin.selection.kernels import plan_kernel_ratios, plan_kernels
 from dscore_plugin.surgery.kernels import kernel_masks
 
