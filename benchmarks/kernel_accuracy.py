@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import shutil
 import sys
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ import torch
 from measuring import command, floats, here
 from torch import Tensor, nn
 
+from dscore_plugin.artifact import save_pruned
 from dscore_plugin.datasets import ImageData, load_data
 from dscore_plugin.files import read_json, write_json
 from dscore_plugin.integrations.torch_pruning.synaptic import kernel_scores
@@ -86,6 +90,31 @@ class Bench:
             self.model, self.example, self.scores(criterion, seed), ratio=ratio, made_by=made_by
         )
 
+    def where(self, criterion: str, ratio: float, seed: int) -> dict[str, Any]:
+        """Say which convolutions lose the kernels, by the last part of their names, and how large the files become."""
+        plan, removed, kernels = self.plan(criterion, ratio, seed), Counter[str](), Counter[str]()
+        for removal in plan.removals:
+            name = removal.layer.rpartition(".")[2]
+            removed[name] += len(removal.indices)
+            kernels[name] += math.prod(self.model.get_submodule(removal.layer).weight.shape[:2])
+        with tempfile.TemporaryDirectory() as folder:
+            sizes = [
+                (save_pruned(model, Path(folder) / name) / "weights.safetensors").stat().st_size
+                for name, model in (("dense", self.model), ("pruned", plan.apply(copy.deepcopy(self.model))))
+            ]
+        return {
+            "removed": {name: round(removed[name] / kernels[name], 4) for name in kernels},
+            "file_size": round(sizes[1] / sizes[0], 4),
+        }
+
+    def medians(self) -> dict[str, dict[str, float]]:
+        """Return the median strength and the median norm of each convolution's kernels."""
+        found = {}
+        for name, strengths in kernel_scores(self.model, self.example).items():
+            norms = self.model.get_submodule(name).weight.detach().flatten(2).norm(dim=2)
+            found[name] = {"strength": float(strengths.abs().median()), "norm": float(norms.median())}
+        return {name: {key: round(x, 5) for key, x in both.items()} for name, both in found.items()}
+
     def scores(self, criterion: str, seed: int) -> dict[str, Tensor]:
         if criterion == "synaptic_strength":
             return kernel_scores(self.model, self.example)
@@ -122,6 +151,20 @@ def markdown(result: dict[str, Any]) -> str:
             cells = [f"{mean(result, name, ratio, stage):.2f}" for name in CRITERIA]
             lines.append(f"| {100 * ratio:g} % | {' | '.join(cells)} |")
         lines.append("")
+    lines += [
+        "removed of the convolutions of each name, and the size of the weights' file",
+        "",
+        f"| sparsity | {' | '.join(CRITERIA.values())} |",
+        "|---|---|---|---|",
+    ]
+    for ratio in result["ratios"]:
+        rows = {row["criterion"]: row for row in result["rows"] if row["ratio"] == ratio and row["seed"] == 0}
+        cells = [
+            ", ".join(f"{name} {100 * x:.0f} %" for name, x in rows[criterion]["removed"].items())
+            + f"; {rows[criterion]['file_size']:.2f}"
+            for criterion in CRITERIA
+        ]
+        lines.append(f"| {100 * ratio:g} % | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -175,7 +218,7 @@ def main() -> None:
     bench = Bench(args)
     dense = bench.dense()
     rows = [
-        bench.cell(name, ratio, seed)
+        bench.cell(name, ratio, seed) | bench.where(name, ratio, seed)
         for ratio in args.ratios
         for name in CRITERIA
         for seed in range(args.seeds)
@@ -183,6 +226,7 @@ def main() -> None:
     result = {
         "model": args.model, "ratios": list(args.ratios), "epochs": args.epochs, "seeds": args.seeds,
         "learning_rate": args.learning_rate, "test_images": len(bench.data.test), "dense_top1": dense, "rows": rows,
+        "medians": bench.medians(),
         **here(),
         "command": command(),
     }  # fmt: skip

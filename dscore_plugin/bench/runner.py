@@ -9,15 +9,27 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from dscore_plugin.bench.cells import Cell, Place
+from dscore_plugin.bench.claims import alone, first_free
 from dscore_plugin.bench.protocol import Protocol
-from dscore_plugin.bench.records import Record, add_records, failed_record, finished_record, key, read_records
-from dscore_plugin.bench.survey import UNFIT, Survey, seconds_left, survey
+from dscore_plugin.bench.records import (
+    Record,
+    add_records,
+    failed_record,
+    finished,
+    finished_record,
+    key,
+    read_records,
+)
+from dscore_plugin.bench.survey import FAILED, UNFIT, Survey, seconds_left, survey
 from dscore_plugin.errors import BenchError
 from dscore_plugin.files import read_json, write_json, write_text
 from dscore_plugin.pipeline import run_prune, run_sensitivity
 from dscore_plugin.training.progress import Progress
 
 Say = Callable[[str], None]
+
+_RESULTS = "results"  # what the lock on the results file is called
+_PATIENCE = 5.0  # seconds between two looks at what other processes are doing
 
 
 def run_bench(
@@ -34,7 +46,8 @@ def run_bench(
 
     A run that was killed at any time goes on where it was: finished cells are read from ``out`` and from the work
     folder, an unfinished one continues from its last epoch. A cell that fails is recorded with its reason, the
-    others go on; the next run tries it again.
+    others go on; the next run tries it again. Several processes that share ``out`` and the work folder share the
+    cells, too: each takes one that no other is measuring, and waits at the end for what hangs on the others' cells.
 
     Args:
         protocol: what to run.
@@ -52,21 +65,30 @@ def run_bench(
         DScoreError: on bad input, before any work starts.
     """
     _check(protocol, place)
-    records, tried = _adopt(place, out), set[str]()
+    failed_before = _failed(survey(protocol, _read(out), place).only(only))
+    records = _adopt(place, out)
+    tried, waiting = set[str](), False
     while True:
         now = survey(protocol, records, place).only(only)
         wanted = [entry.cell for entry in now.entries if entry.state != UNFIT] if redo else now.left
-        cells = [cell for cell in wanted if cell.id not in tried]
+        done_with = tried | (_failed(now) - failed_before)  # another process has just failed in the same way
+        cells = [cell for cell in wanted if cell.id not in done_with]
         if not cells:
             return now
-        say(f"{cells[0].name}; cells to go: {len(cells)}, {time_left(seconds_left(cells, records))}")
-        if redo:
-            _forget(cells[0], place)
-        tried.add(cells[0].id)
-        record = _attempt(cells[0], place, progress, say)
-        write_json(_cell_file(cells[0], place), record)
-        add_records(out, [record])
-        records = read_records(out)
+        with first_free(cells, place) as cell:
+            if cell is None:
+                if not waiting:
+                    say(f"waiting for other processes, which measure what is left: {len(cells)} cells")
+                waiting = True
+                time.sleep(_PATIENCE)
+            elif redo or not _has_numbers(cell, place, out):  # it may have got them since the survey
+                say(f"{cell.name}; cells to go: {len(cells)}, {time_left(seconds_left(cells, records))}")
+                if redo:
+                    _forget(cell, place)
+                tried.add(cell.id)
+                waiting = False
+                _write(_attempt(cell, place, progress, say), cell, place, out)
+        records = _adopt(place, out)
 
 
 def time_left(seconds: float | None) -> str:
@@ -92,12 +114,35 @@ def _check(protocol: Protocol, place: Place) -> None:
 
 def _adopt(place: Place, out: Path) -> list[Record]:
     """Read the results, and add what was finished in the work folder but did not get there."""
-    files = sorted((place.work / "cells").glob("*.json"))
-    before = {key(entry) for entry in (read_records(out) if out.exists() else [])}
-    found = [entry for entry in map(read_json, files) if key(entry) not in before]
-    if found:
-        add_records(out, found)
+    with alone(place, _RESULTS):
+        files = sorted((place.work / "cells").glob("*.json"))
+        before = {key(entry) for entry in _read(out)}
+        found = [entry for entry in map(read_json, files) if key(entry) not in before]
+        if found:
+            add_records(out, found)
+        return _read(out)
+
+
+def _read(out: Path) -> list[Record]:
     return read_records(out) if out.exists() else []
+
+
+def _write(record: Record, cell: Cell, place: Place, out: Path) -> None:
+    """Keep what a cell brought, in the work folder and among the results."""
+    with alone(place, _RESULTS):
+        write_json(_cell_file(cell, place), record)
+        add_records(out, [record])
+
+
+def _has_numbers(cell: Cell, place: Place, out: Path) -> bool:
+    return any(
+        (record["id"], record["weights"]["sha256"]) == (cell.id, place.digest)
+        for record in finished(_adopt(place, out))
+    )
+
+
+def _failed(found: Survey) -> set[str]:
+    return {entry.cell.id for entry in found.entries if entry.state == FAILED}
 
 
 def _attempt(cell: Cell, place: Place, progress: Progress | None, say: Say) -> Record:
@@ -115,7 +160,10 @@ def _attempt(cell: Cell, place: Place, progress: Progress | None, say: Say) -> R
 
 def _run(cell: Cell, place: Place, progress: Progress | None, say: Say) -> Record:
     """Measure a cell, or read what an interrupted run had finished of it."""
-    spent = _measure_table(cell, place, progress, say) if cell.shares_table else None
+    spent = None
+    if cell.shares_table:
+        with alone(place, cell.table_folder(place).name):
+            spent = _measure_table(cell, place, progress, say)
     job = cell.job(place)
     fresh, started = not (job.out.exists() or job.work.exists()), time.perf_counter()
     if job.out.exists():  # it was complete, but its record was not written any more

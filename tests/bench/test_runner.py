@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from dscore_plugin import pipeline
 from dscore_plugin.bench import runner
 from dscore_plugin.bench.cells import Place
+from dscore_plugin.bench.claims import first_free
 from dscore_plugin.bench.protocol import Protocol, load_protocol
-from dscore_plugin.bench.records import NEEDED, Record, read_records
+from dscore_plugin.bench.records import NEEDED, Record, add_records, read_records
 from dscore_plugin.bench.runner import run_bench
 from dscore_plugin.bench.survey import DONE, FAILED, STARTED, TO_DO, UNFIT, seconds_left, survey
 from dscore_plugin.errors import BenchError
@@ -157,6 +159,48 @@ def test_a_cell_that_fails_is_recorded_and_tried_again(
     found = run_bench(asked, here, out, only=["random"])
     assert [entry.state for entry in found.entries] == [DONE] * len(found.entries)
     assert "failed" not in read_records(out)[1]
+
+
+@pytest.mark.parametrize("ending", ["finishes", "fails", "dies"])
+def test_a_cell_of_another_process_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    blocks = [*PROTOCOL["blocks"], {"name": "best", "rows": [{"best": 1, "of": "all"}], "target_macs": [0.4]}]
+    asked, here, out = protocol(tmp_path, blocks=blocks), place(tmp_path), tmp_path / "out.json"
+    run, ran = runner.run_prune, []
+    monkeypatch.setattr(runner, "run_prune", lambda job, *rest: ran.append(job.out.name) or run(job, *rest))
+    other = ExitStack()
+    theirs = other.enter_context(first_free(survey(asked, []).left, here))
+    assert theirs is not None
+    assert theirs.row == "random"
+
+    def end(seconds: float) -> None:  # instead of waiting for it
+        assert seconds == runner._PATIENCE
+        if ending != "dies":
+            metrics = record("random", validation=99.0, failed="out of memory" if ending == "fails" else None)
+            add_records(out, [{**metrics, "id": theirs.id, "weights": {"file": "", "sha256": here.digest}}])
+        other.close()
+
+    monkeypatch.setattr(runner.time, "sleep", end)
+    said: list[str] = []
+    found = run_bench(asked, here, out, say=said.append)
+    assert any(line.startswith("waiting for other processes") for line in said)
+    assert len(ran) == len(set(ran))
+    mine = [name.split("-uniform-")[0] for name in ran]
+    expected = {"finishes": ["l1", "random"], "fails": ["l1", "l1"], "dies": ["l1", "random", mine[-1]]}
+    assert mine == expected[ending]
+    assert [entry.state for entry in found.entries] == [FAILED if ending == "fails" else DONE, DONE, DONE]
+
+
+def test_processes_take_different_cells(tmp_path: Path) -> None:
+    cells, here = survey(protocol(tmp_path), []).left, place(tmp_path)
+    with first_free(cells, here) as first:
+        with first_free(cells, here) as second, first_free(cells, here) as third:
+            assert [first, second, third] == [cells[0], cells[1], None]
+        with first_free(cells, here) as again:
+            assert again == cells[1]
+    with first_free(cells, here) as again:
+        assert again == cells[0]
 
 
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
