@@ -163,16 +163,15 @@ def open_run(out: Path, options: Mapping[str, Any], *, force: bool = False, resu
         TrainingError: if accelerate cannot be started as the training needs it.
     """
     ensure_writable(out, force)
-    work, state = out.with_name(out.name + ".work"), new_accelerator()
+    work = out.with_name(out.name + ".work")
+    new_accelerator()
     left_out = {"out", "force", "resume", *(option.name for option in fields(TrainingConfig))}
     identity = {
         name: value if value is None or isinstance(value, int | float) else str(value)
         for name, value in options.items()
         if name not in left_out
     }
-    with state.main_process_first():
-        main = state.is_main_process
-        open_work(work, identity, lambda _: None, force=force and main, resume=resume or not main)
+    open_work(work, identity, lambda _: None, force=force, resume=resume)
     return work
 
 

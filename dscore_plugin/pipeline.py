@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dscore_plugin.artifact import load_pruned, read_structure, save_pruned
 from dscore_plugin.costs import count
 from dscore_plugin.datasets import ImageData
-from dscore_plugin.errors import ArtifactError, ModelError
+from dscore_plugin.errors import ArtifactError, ModelError, TrainingError
 from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write_json
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.jobs import Choice, PruneJob, Source, amount_in_round
@@ -32,6 +32,7 @@ from dscore_plugin.report.pictures import draw_pictures
 from dscore_plugin.report.plots import plot_sensitivity
 from dscore_plugin.report.tables import report_markdown
 from dscore_plugin.selection.kernels import plan_kernels
+from dscore_plugin.selection.processes import Processes
 from dscore_plugin.selection.sensitivity import Sensitivity, check_ratios, sensitivity_analysis
 from dscore_plugin.surgery.kernel_masks import kernel_masks
 from dscore_plugin.surgery.layers import find_branches
@@ -64,6 +65,11 @@ def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda
     """
     shown = progress or NoProgress()
     job.check()
+    if Processes().number > 1:
+        raise TrainingError(
+            "dscore prune runs in one process; prune without epochs, then fine-tune the artifact under the launcher "
+            "(examples/imagenet_finetune.py --artifact)"
+        )
     data = job.source.load_images()
     model = job.source.build(data)
     open_work(job.work, job.identity(), say, force=job.force, resume=job.resume)
@@ -216,7 +222,7 @@ def run_evaluate(folder: Path | None, source: Source, progress: Progress | None 
 
 
 def open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, resume: bool) -> None:
-    """Make the folder of checkpoints, or go on with it.
+    """Make the folder of checkpoints, or go on with it; of several processes the first does.
 
     Args:
         work: the folder.
@@ -228,6 +234,10 @@ def open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, re
     Raises:
         ArtifactError: if there is an unfinished run and neither is given, or it is another one.
     """
+    Processes().once(lambda: _open_work(work, identity, say, force=force, resume=resume))
+
+
+def _open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, resume: bool) -> None:
     note, now = work / "job.json", json.loads(json.dumps(identity))  # tuples are lists there
     if note.exists() and resume:
         before = read_json(note)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -120,3 +122,33 @@ def test_dscore_train_takes_them_and_averages_no_weights_under_a_penalty(
     sparse = ("--sparsity", "dependency_aware", "--retrain-epochs", 1, "--delta", 0.01)
     assert dscore(*common, *every, *sparse, "--out", "sparse")[0] == 0
     assert [(config.ema, config.mixup) for config in seen] == [(0.0, 0.2), (0.9, 0.2)]
+
+
+def test_launched_processes_train_together_and_prune_not_at_all(
+    prune: tuple[object, ...], tmp_path: Path
+) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+
+    def launched(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*launch, "dscore_plugin.cli", *map(str, arguments), "--data", "digits"],
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    training = ("train", "--model", "digits_cnn", "--epochs", 1, "--out", "dense")
+    trained = launched(*training)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert sorted(path.name for path in (tmp_path / "dense").iterdir()) == [
+        "history.json", "metrics.json", "model.safetensors",
+    ]  # fmt: skip
+    assert not (tmp_path / "dense.work").exists()
+
+    (tmp_path / "other.work").mkdir()
+    refused = launched(*training[:-1], "other")
+    assert refused.returncode != 0
+    assert refused.stderr.count("holds an unfinished run; go on with --resume") == 2  # each process says so
+    refused = launched(*prune, "--out", "pruned")
+    assert refused.returncode != 0
+    assert "dscore prune runs in one process" in refused.stderr
+    assert not list(tmp_path.glob("pruned*"))
