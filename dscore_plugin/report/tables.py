@@ -23,6 +23,11 @@ _LEGEND = (
     "Top-1 with its change, MACs of one image and parameters with the part that is left, latency of a batch: "
     "median ± interquartile range with the speed-up."
 )
+_SCATTER = 0.3  # interquartile range over median, from which on a latency says little
+_SCATTERED = (
+    "The latencies scatter by more than {:.0f} % of their median: something else was running. Do not trust the "
+    "speed-ups; measure again with `dscore evaluate` on a quiet machine."
+)
 
 
 def metrics_table(metrics: Metrics, title: str | None = None) -> Table:
@@ -38,7 +43,7 @@ def metrics_table(metrics: Metrics, title: str | None = None) -> Table:
     from rich.table import Table
 
     head, *rows = _rows(metrics)
-    table = Table(title=title)
+    table = Table(title=title, caption=_scattered(metrics) or None)
     for index, column in enumerate(head):
         table.add_column(column, justify="right" if index else "left")
     for row in rows:
@@ -136,6 +141,15 @@ def _latency(numbers: Mapping[str, Any], dense: Mapping[str, Any], batch: str) -
     return f"{_milliseconds(found['median'], 3)} ± {_milliseconds(found['iqr'], 2)}{faster}"
 
 
+def _scattered(metrics: Metrics) -> str:
+    """What to say if a latency was disturbed."""
+    found = [
+        entry for stage in _STAGES for entry in ((metrics.get(stage) or {}).get("latency_ms") or {}).values()
+    ]
+    disturbed = any(entry["iqr"] > _SCATTER * entry["median"] for entry in found)
+    return _SCATTERED.format(100 * _SCATTER) if disturbed else ""
+
+
 def _milliseconds(value: float, digits: int) -> str:
     """A time with so many digits, and no exponent."""
     return f"{value:.0f}" if value >= 10**digits else f"{value:.{digits}g}"
@@ -172,7 +186,7 @@ def _numbers(structure: Mapping[str, Any], metrics: Metrics) -> str:
     numbers = structure.get("numbers") or {}
     before, after = numbers.get("before") or {}, numbers.get("after") or {}
     if any(metrics.get(stage) for stage in _STAGES):
-        return f"{_markdown_table(_rows(metrics))}\n\n{_LEGEND}"
+        return "\n\n".join(filter(None, [_markdown_table(_rows(metrics)), _LEGEND, _scattered(metrics)]))
     if not before or not after:
         return "None were measured."
     rows = [["", "before", "after"]]

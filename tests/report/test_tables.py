@@ -94,6 +94,18 @@ def test_numbers_and_their_ratios_to_the_dense_network() -> None:
     assert cells(finetuned)[4:] == ["–", "–"]
 
 
+def test_latencies_that_were_disturbed_are_said_to_be() -> None:
+    def both(iqr: float) -> tuple[str, str]:
+        metrics = METRICS | {"pruned": PRUNED | {"latency_ms": {"1": {"median": 3.0, "iqr": iqr}}}}
+        text = rendered(metrics)
+        return " ".join(text.split()), section(report_markdown(STRUCTURE, metrics), "Numbers")
+
+    for text in both(0.91):
+        assert "scatter by more than 30 % of their median" in text
+    for text in both(0.89):
+        assert "scatter" not in text
+
+
 def test_terminal_table_has_the_same_cells() -> None:
     text = rendered(METRICS)
     for expected in ("cifar_resnet56", "70.50 (-22.81)", "63.3 M (50.0 %)", "2.00x", "126.6 M"):
