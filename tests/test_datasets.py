@@ -23,8 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as reference
 
-from dscore_plugin import datasets
-from dscore_plugin.datasets import ImageData, ImageSet, load_data
+from dscore_plugin.datasets import ImageData, ImageSet, draws, load_data, packed, reading
 from dscore_plugin.errors import DataError
 from dscore_plugin.models import create_model, load_weights
 
@@ -224,8 +223,8 @@ def test_images_of_a_hub_folder_are_decoded_once_and_only_when_needed(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[str] = []
-    decode = datasets._decode
-    monkeypatch.setattr(datasets, "_decode", lambda data, what: decoded.append(what) or decode(data, what))
+    decode = reading._decode
+    monkeypatch.setattr(reading, "_decode", lambda data, what: decoded.append(what) or decode(data, what))
     data = load_data(f"cifar10:{hub}")
     assert decoded == []
     for _ in range(2):
@@ -408,7 +407,7 @@ def test_crop_and_flip_is_that_of_torchvision(
     pixels = torch.randint(256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
     top, left = torch.randint(2 * padding + 1, (2, batch), generator=generator)
     mirrored = torch.rand(batch, generator=generator) < 0.5
-    result = datasets._crop_and_flip(pixels, top, left, mirrored, padding)
+    result = packed._crop_and_flip(pixels, top, left, mirrored, padding)
     for i in range(batch):
         expected = reference.crop(
             reference.pad(pixels[i], [padding] * 4), int(top[i]), int(left[i]), height, width
@@ -424,14 +423,14 @@ def test_every_shift_and_flip_is_drawn_and_no_other(
     name: str, shift: int, flips: bool, hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[int, int, bool]] = []
-    crop_and_flip = datasets._crop_and_flip
+    crop_and_flip = packed._crop_and_flip
 
     def watch(pixels: torch.Tensor, *draws: Any) -> torch.Tensor:
         drawn.extend(zip(*(draw.tolist() for draw in draws[:3]), strict=True))
         assert draws[3] == shift
         return crop_and_flip(pixels, *draws)
 
-    monkeypatch.setattr(datasets, "_crop_and_flip", watch)
+    monkeypatch.setattr(packed, "_crop_and_flip", watch)
     train = load_data({"cifar": f"cifar10:{hub}", "digits": "digits", "svhn": f"svhn:{hub}"}[name]).train
     for epoch in range(100):
         train.set_epoch(epoch)
@@ -455,7 +454,7 @@ def test_hold_out_is_disjoint_complete_stratified_and_stable(
     labels: list[int], fraction: float, seed: int
 ) -> None:
     classes = torch.tensor(labels)
-    kept, held_out = datasets._hold_out(classes, fraction, seed)
+    kept, held_out = draws.hold_out(classes, fraction, seed)
     assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(len(labels)))
     for label in set(labels):
         count = labels.count(label)
@@ -464,7 +463,7 @@ def test_hold_out_is_disjoint_complete_stratified_and_stable(
         if count > 1:
             assert share >= 1
             assert abs(share - fraction * count) <= 1
-    again = datasets._hold_out(classes, fraction, seed)
+    again = draws.hold_out(classes, fraction, seed)
     assert torch.equal(kept, again[0])
     assert torch.equal(held_out, again[1])
 
