@@ -438,7 +438,7 @@ def _recalibrated(
 ) -> dict[str, Any] | None:
     if not job.recalibrate:
         return None
-    recalibrate_batchnorm(model, data.train.plain())
+    recalibrate_batchnorm(model, data.train)
     return {**pruned, "top1": evaluate(model, data.test, progress=progress).top1}
 
 

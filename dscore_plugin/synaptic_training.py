@@ -81,7 +81,7 @@ def run_synaptic(
     say(str(plan))
     plan.apply(model, example)
     metrics["pruned"] = measure(model, data, shown)
-    recalibrate_batchnorm(model, data.train.plain())
+    recalibrate_batchnorm(model, data.train)
     metrics["recalibrated"] = {**metrics["pruned"], "top1": evaluate(model, data.test, progress=shown).top1}
     retrained = train_phase(job, model, data, "retrain", job.training, shown)
     metrics["finetuned"] = {**metrics["pruned"], "top1": evaluate(model, data.test, progress=shown).top1}

@@ -122,7 +122,8 @@ class Cell:
         choice = changed_fields(self.choice(), but=("table", "analysis"))
         training = changed_fields(TrainingConfig(**self.training), but=("seed", *NO_EFFECT))
         identity = {"model": self.protocol.model, "data": self.protocol.data, "seed": self.seed}
-        identity |= {"choice": choice, "training": training, "recalibrate": self.protocol.recalibrate}
+        identity |= {"choice": choice, "training": training}
+        identity |= {"recalibrate": "augmented" if self.protocol.recalibrate else False}
         if self.block.rounds > 1:
             identity |= {"rounds": self.block.rounds, "round_epochs": self.block.round_epochs}
         if self.allocation == "sensitivity":

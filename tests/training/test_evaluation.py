@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from dscore_plugin.datasets import load_data
 from dscore_plugin.errors import DataError, ModelError
 from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm
 from tests.training.conftest import CLASSES, TinyImages, assert_same_bits, snapshot, tiny_images, tiny_network
@@ -135,17 +136,19 @@ def test_recalibration_of_one_batch_is_exact() -> None:
     assert torch.allclose(model[1].running_var, first.var(dim=(0, 2, 3)), atol=1e-6)
 
 
-def test_recalibration_takes_plain_images_chosen_by_seed() -> None:
-    images = tiny_images(60, augmented=True)
-    seen = []
-    for seed in (0, 0, 1):
+def test_recalibration_takes_images_as_in_the_first_epoch_chosen_by_seed() -> None:
+    train, seen = load_data("digits").train, []
+    for seed, epoch in ((0, 0), (0, 5), (1, 0)):
+        train.set_epoch(epoch)
         model = nn.Sequential(Recorder(), nn.BatchNorm1d(CLASSES))
-        recalibrate_batchnorm(model, images, count=12, batch_size=5, seed=seed)
+        recalibrate_batchnorm(model, train, count=12, batch_size=5, seed=seed)
         seen.append(torch.cat(model[0].seen))
+        assert train.epoch == epoch
     assert seen[0].equal(seen[1])
     assert not seen[0].equal(seen[2])
-    plain = {image.numpy().tobytes() for image in images.images}
-    assert len({image.numpy().tobytes() for image in seen[0]} & plain) == 12
+    train.set_epoch(0)
+    shown = {image.numpy().tobytes() for image in train.__getitems__(range(len(train)))[0]}
+    assert len({image.numpy().tobytes() for image in seen[0]} & shown) == 12
 
 
 def test_recalibration_mixes_a_set_that_is_stored_class_by_class() -> None:
