@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dscore_plugin.artifact import load_pruned, read_structure, save_pruned
 from dscore_plugin.costs import count
-from dscore_plugin.datasets import ImageData
+from dscore_plugin.datasets import ImageData, ImageSet
 from dscore_plugin.errors import ArtifactError, ModelError, TrainingError
 from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write_json
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
@@ -37,7 +37,7 @@ from dscore_plugin.selection.sensitivity import Sensitivity, check_ratios, sensi
 from dscore_plugin.surgery.kernel_masks import kernel_masks
 from dscore_plugin.surgery.layers import find_branches
 from dscore_plugin.training.config import TrainingConfig
-from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm
+from dscore_plugin.training.evaluation import evaluate, images_of_statistics, recalibrate_batchnorm
 from dscore_plugin.training.loop import train
 from dscore_plugin.training.progress import NoProgress, Progress
 
@@ -54,11 +54,12 @@ def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda
 
     Returns:
         The content of ``metrics.json``: ``dense``, ``pruned``, ``recalibrated`` and ``finetuned``, each with
-        ``top1`` in percent, ``macs``, ``params`` and ``latency_ms``, or None where it was not run. The last three
-        are those of the last stage; where there are several, ``stages`` has those of each. Where kernels are gone,
-        ``kernels`` has MACs and parameters with and without them. ``scoring_seconds`` is the time from the network
-        to the plan, over all stages, None where an interruption hides it; ``validation_top1`` that of the last
-        epoch, None without fine-tuning.
+        ``top1`` in percent, ``macs``, ``params`` and ``latency_ms``, or None where it was not run. ``recalibrated``
+        says with ``statistics_of`` which images it saw, ``augmented`` or ``plain``: those that the network's own
+        statistics stem from. The last three are those of the last stage; where there are several, ``stages`` has
+        those of each. Where kernels are gone, ``kernels`` has MACs and parameters with and without them.
+        ``scoring_seconds`` is the time from the network to the plan, over all stages, None where an interruption
+        hides it; ``validation_top1`` that of the last epoch, None without fine-tuning.
 
     Raises:
         DScoreError: on bad input, before any work starts; or if the work fails, with what was finished kept.
@@ -105,6 +106,7 @@ def _run_stage(
 ) -> dict[str, Any]:
     """Choose, remove, measure, recalibrate, fine-tune; return the stage's plan and numbers."""
     work = _stage_folder(job, number)
+    form = images_of_statistics(model, data.train)
     plan, seconds = _timed_plan(job, number, model, data, dense, work, progress, say)
     plan.save(work / "plan.json")
     say(str(plan))
@@ -112,7 +114,7 @@ def _run_stage(
     stage: dict[str, Any] = {"plan": plan.to_dict(), "pruned": measure(model, data, progress)}
     stage["scoring_seconds"] = seconds
     training = job.training if number == len(job.stages) else job.round_training
-    stage["recalibrated"] = _recalibrated(job, model, data, stage["pruned"], progress)
+    stage["recalibrated"] = _recalibrated(job, model, data, form, stage["pruned"], progress)
     stage["finetuned"], stage["validation_top1"] = _finetuned(
         job, model, teacher, data, stage["pruned"], training, work / "finetune", progress, say
     )
@@ -434,12 +436,18 @@ def measure(model: nn.Module, data: ImageData, progress: Progress) -> dict[str, 
 
 
 def _recalibrated(
-    job: PruneJob, model: nn.Module, data: ImageData, pruned: dict[str, Any], progress: Progress
+    job: PruneJob,
+    model: nn.Module,
+    data: ImageData,
+    form: ImageSet,
+    pruned: dict[str, Any],
+    progress: Progress,
 ) -> dict[str, Any] | None:
     if not job.recalibrate:
         return None
-    recalibrate_batchnorm(model, data.train)
-    return {**pruned, "top1": evaluate(model, data.test, progress=progress).top1}
+    recalibrate_batchnorm(model, form)
+    top1 = evaluate(model, data.test, progress=progress).top1
+    return {**pruned, "top1": top1, "statistics_of": "augmented" if form.augmented else "plain"}
 
 
 def _finetuned(

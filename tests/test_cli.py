@@ -59,9 +59,17 @@ def test_prune_without_arguments(dscore: Run, tmp_path: Path) -> None:
     }
     assert metrics["dense"]["top1"] > 85
     assert metrics["finetuned"]["top1"] > metrics["pruned"]["top1"]
+    assert metrics["recalibrated"]["statistics_of"] == "augmented"  # it was trained here
     assert 0.4 <= metrics["pruned"]["macs"] / metrics["dense"]["macs"] <= 0.5
     for stage in ("dense", "pruned", "recalibrated", "finetuned"):
-        assert set(metrics[stage]) == {"top1", "macs", "params", "latency_ms"}
+        known = {
+            "top1",
+            "macs",
+            "params",
+            "latency_ms",
+            *(["statistics_of"] if stage == "recalibrated" else []),
+        }
+        assert set(metrics[stage]) == known
         assert set(metrics[stage]["latency_ms"]) == {"1", "64"}
         assert set(metrics[stage]["latency_ms"]["1"]) == {"median", "iqr"}
     assert not (tmp_path / f"{metrics['folder']}.work").exists()

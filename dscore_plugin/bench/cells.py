@@ -123,7 +123,7 @@ class Cell:
         training = changed_fields(TrainingConfig(**self.training), but=("seed", *NO_EFFECT))
         identity = {"model": self.protocol.model, "data": self.protocol.data, "seed": self.seed}
         identity |= {"choice": choice, "training": training}
-        identity |= {"recalibrate": "augmented" if self.protocol.recalibrate else False}
+        identity |= {"recalibrate": "as trained" if self.protocol.recalibrate else False}
         if self.block.rounds > 1:
             identity |= {"rounds": self.block.rounds, "round_epochs": self.block.round_epochs}
         if self.allocation == "sensitivity":

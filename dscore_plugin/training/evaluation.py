@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dscore_plugin.errors import DataError, ModelError
-from dscore_plugin.modes import modes_kept
+from dscore_plugin.modes import in_eval_mode, modes_kept
 from dscore_plugin.training.batches import load_batches
 from dscore_plugin.training.progress import Advance, NoProgress, Progress
 
@@ -89,11 +89,11 @@ def recalibrate_batchnorm(
 ) -> None:
     """Take the running statistics of every batch norm anew, from training images.
 
-    Give the images as the network was trained on them, augmented: statistics of un-augmented images are those of
-    another distribution, which costs accuracy even without any pruning. The running mean and variance become the
-    averages of the batches' means and (unbiased) variances, each batch weighted by its size. Only batch norms run
-    in train mode, so dropout stays off. Modes and momenta are restored. A model without running statistics is left
-    alone.
+    Give the images in the form that the network was trained on (:func:`images_of_statistics`): those of another
+    form have other statistics, which costs accuracy even without any pruning. The running mean and variance become
+    the averages of the batches' means and (unbiased) variances, each batch weighted by its size. Only batch norms
+    run in train mode, so dropout stays off. Modes and momenta are restored. A model without running statistics is
+    left alone.
 
     Args:
         model: changed in place, on its own device.
@@ -129,6 +129,65 @@ def recalibrate_batchnorm(
             for norm in norms:
                 norm.momentum = len(inputs) / seen  # the average so far keeps the rest
             model(inputs.to(device))
+
+
+class _SeenError(BaseException):
+    """Leaves a pass behind the first norm; no Exception, so that no forward() takes it for one of its own."""
+
+
+def images_of_statistics(model: nn.Module, images: ImageSet, *, count: int = 256, seed: int = 0) -> ImageSet:
+    """Find out on which form of the training images a network's batch-norm statistics were taken.
+
+    What the first batch norm reads depends on little but the images. Its running mean and variance are compared
+    with those of augmented and of plain images.
+
+    Args:
+        model: with the statistics of its training; not changed.
+        images: the training images, augmented.
+        count: how many of them to look at.
+        seed: of the choice.
+
+    Returns:
+        ``images``, or ``images.plain()`` where that comes closer; ``images`` for a model without running statistics.
+
+    Raises:
+        DataError: if the set is empty.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    require_images(images)
+    if not norms:
+        return images
+    augmented, plain = (_distance(model, norms, form, count, seed) for form in (images, images.plain()))
+    return images.plain() if plain < augmented else images
+
+
+def _distance(
+    model: nn.Module, norms: Sequence[_BatchNorm], images: ImageSet, count: int, seed: int
+) -> float:
+    """Say how far the statistics of images are from those that the first norm has, in standard deviations."""
+    seen: list[tuple[nn.Module, Tensor]] = []
+
+    def note(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        seen.append((norm, inputs[0]))
+        raise _SeenError
+
+    chosen = images.subset(min(count, len(images)), seed=seed)
+    chosen.set_epoch(0)
+    handles = [norm.register_forward_pre_hook(note) for norm in norms]
+    try:
+        with in_eval_mode(model), torch.no_grad(), _float32(model) as device, suppress(_SeenError):
+            model(chosen.__getitems__(range(len(chosen)))[0].to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:  # none of its norms is used
+        return 0.0
+    norm, inputs = seen[0]
+    dims = [dim for dim in range(inputs.dim()) if dim != 1]
+    mean, variance = inputs.mean(dims), inputs.var(dims)
+    own = (norm.running_var + norm.eps).sqrt()
+    shift = ((mean - norm.running_mean) / own).abs().mean()
+    return float(shift + (((variance + norm.eps).sqrt() / own).log().abs().mean()))
 
 
 def check_logits(logits: object, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from dscore_plugin.datasets import load_data
 from dscore_plugin.errors import DataError, ModelError
-from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm
+from dscore_plugin.training.evaluation import evaluate, images_of_statistics, recalibrate_batchnorm
 from tests.training.conftest import CLASSES, TinyImages, assert_same_bits, snapshot, tiny_images, tiny_network
 
 
@@ -193,3 +193,35 @@ def test_without_running_statistics_nothing_is_run() -> None:
 def test_recalibration_needs_images(option: dict[str, int]) -> None:
     with pytest.raises(DataError, match="expected numbers >= 1"):
         recalibrate_batchnorm(tiny_network(), tiny_images(5), **option)
+
+
+@pytest.mark.parametrize("augmented", [True, False])
+@pytest.mark.parametrize("first", ["norm", "convolution"])
+def test_the_form_of_the_images_is_read_off_the_first_norm(augmented: bool, first: str) -> None:
+    train = load_data("digits").train
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Identity() if first == "norm" else nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(1 if first == "norm" else 4), nn.Dropout(0.9), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.LazyBatchNorm1d(),
+    )  # fmt: skip
+    model(train.__getitems__(range(8))[0])
+    recalibrate_batchnorm(model, train if augmented else train.plain(), seed=1)
+    model[5].running_mean.fill_(99.0)  # what is behind the first plays no part
+    before = copy.deepcopy(model.state_dict())
+    train.set_epoch(3)
+    found = images_of_statistics(model, train)
+    assert found.augmented == augmented
+    assert train.epoch == 3
+    assert len(found) == len(train)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_without_statistics_the_form_is_that_of_training() -> None:
+    train = load_data("digits").train
+    for norm in (nn.Identity(), nn.BatchNorm2d(1, track_running_stats=False)):
+        assert images_of_statistics(nn.Sequential(norm, nn.Flatten()), train) is train
+    with pytest.raises(DataError, match="empty"):
+        images_of_statistics(tiny_network(), tiny_images(0))
