@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from dscore_plugin.datasets import load_data
 from dscore_plugin.errors import DataError, ModelError
+from dscore_plugin.models import create_model, load_weights
 from dscore_plugin.training.evaluation import evaluate, images_of_statistics, recalibrate_batchnorm
 from tests.training.conftest import CLASSES, TinyImages, assert_same_bits, snapshot, tiny_images, tiny_network
 
@@ -225,3 +227,13 @@ def test_without_statistics_the_form_is_that_of_training() -> None:
         assert images_of_statistics(nn.Sequential(norm, nn.Flatten()), train) is train
     with pytest.raises(DataError, match="empty"):
         images_of_statistics(tiny_network(), tiny_images(0))
+
+
+@pytest.mark.cifar10
+def test_trained_networks_tell_what_they_were_shown(shared: Path) -> None:
+    """The published ResNets saw crops padded with black, this VGG did not (docs/results.md)."""
+    train = load_data(f"cifar10:{shared / 'data' / 'cifar10'}").train
+    for name, augmented in (("resnet20", True), ("resnet56", True), ("vgg16_bn", False)):
+        model = create_model(f"cifar_{name}", num_classes=10)
+        load_weights(model, shared / "weights" / "cifar10" / f"{name}.safetensors")
+        assert images_of_statistics(model, train).augmented == augmented, name
