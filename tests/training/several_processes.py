@@ -62,10 +62,11 @@ def main(folder: Path) -> None:
         findings[name] = result.rows()
         findings[f"{name}_evaluated"] = evaluate(model, validation).top1
 
-    model = tiny_network(dropout=0.2)  # with batch norm: each process has statistics of its own
     longer = replace(CONFIGS["uneven"], epochs=12, learning_rate=0.1)
-    findings["norm"] = train(model, images, validation, longer).rows()
-    save_file(model.state_dict(), folder / f"norm_{state.process_index}.safetensors")
+    for name, config in (("norm", longer), ("averaged_norm", replace(longer, ema=0.8))):
+        model = tiny_network(dropout=0.2)  # with batch norm: each process has statistics of its own
+        findings[name] = train(model, images, validation, config).rows()
+        save_file(model.state_dict(), folder / f"{name}_{state.process_index}.safetensors")
 
     try:
         train(tiny_network(norm=False), images, None, CONFIGS["uneven"], regularizer=Poison())

@@ -51,7 +51,7 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "norm"])
+@pytest.mark.parametrize("name", [*CONFIGS, "norm", "averaged_norm"])
 def test_all_processes_end_with_the_same(folder: Path, findings: list[dict[str, Any]], name: str) -> None:
     states = [load_file(folder / f"{name}_{i}.safetensors") for i in range(PROCESSES)]
     for i in range(1, PROCESSES):
