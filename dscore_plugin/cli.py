@@ -182,8 +182,8 @@ def evaluate(
     **options: Any,
 ) -> None:
     """Measure an artifact, or a dense network, on the test images."""
+    from dscore_plugin.analysis_runs import run_evaluate
     from dscore_plugin.jobs import require_one
-    from dscore_plugin.pipeline import run_evaluate
     from dscore_plugin.training.progress import RichProgress
 
     require_one(folder, model)
@@ -224,8 +224,8 @@ def plan(
     **options: Any,
 ) -> None:
     """Choose what leaves a network, and write it down."""
+    from dscore_plugin.analysis_runs import run_plan
     from dscore_plugin.errors import PlanError
-    from dscore_plugin.pipeline import run_plan
 
     if out.exists() and not force:
         raise PlanError(f"{out} exists already; choose another file, or replace it with --force")
@@ -259,7 +259,7 @@ def sensitivity(
     **options: Any,
 ) -> None:
     """Measure the accuracy of a network with each layer pruned alone."""
-    from dscore_plugin.pipeline import run_sensitivity
+    from dscore_plugin.analysis_runs import run_sensitivity
     from dscore_plugin.training.progress import RichProgress
 
     measured = run_sensitivity(

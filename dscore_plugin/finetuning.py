@@ -16,11 +16,11 @@ from dscore_plugin.artifact import METRICS, load_pruned, read_structure, save_pr
 from dscore_plugin.costs import count
 from dscore_plugin.files import ensure_writable, read_json, write_json
 from dscore_plugin.hub import create_model
-from dscore_plugin.pipeline import open_work
 from dscore_plugin.plan import ChannelRemoval
 from dscore_plugin.planning import plan_pruning
 from dscore_plugin.report.numbers import file_sizes
 from dscore_plugin.report.tables import report_markdown
+from dscore_plugin.runs import open_work
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.history import TrainingResult
 from dscore_plugin.training.loop import new_accelerator

@@ -24,12 +24,12 @@ from dscore_plugin.files import ensure_writable, read_json, write_json
 from dscore_plugin.groups import ScoredGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.integrations.torch_pruning.links import scored_layers
-from dscore_plugin.pipeline import Say, measure, open_work
 from dscore_plugin.plan import ChannelRemoval, InputRemoval, Plan
 from dscore_plugin.planning import build_plan
 from dscore_plugin.report.numbers import file_sizes
 from dscore_plugin.report.plots import plot_sparsity
 from dscore_plugin.report.tables import report_markdown
+from dscore_plugin.runs import Say, measure, open_work
 from dscore_plugin.train_jobs import METHODS, SparsityGoal, TrainJob, train_phase
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm

@@ -23,11 +23,11 @@ from dscore_plugin.errors import TrainingError
 from dscore_plugin.files import ensure_writable, read_json, write_json
 from dscore_plugin.integrations.torch_pruning.synaptic import kernel_scores
 from dscore_plugin.masking import Masks
-from dscore_plugin.pipeline import Say, measure, open_work
 from dscore_plugin.plan import Plan
 from dscore_plugin.report.kernel_numbers import kernel_report
 from dscore_plugin.report.numbers import file_sizes
 from dscore_plugin.report.tables import report_markdown
+from dscore_plugin.runs import Say, measure, open_work
 from dscore_plugin.selection.kernels import plan_kernel_ratios
 from dscore_plugin.train_jobs import TrainJob, train_phase
 from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm

@@ -11,7 +11,7 @@ from torch import nn
 
 from dscore_plugin.datasets import ImageData
 from dscore_plugin.files import atomic_folder, ensure_writable, write_json
-from dscore_plugin.pipeline import Say, measure, open_work
+from dscore_plugin.runs import Say, measure, open_work
 from dscore_plugin.sparse_training import run_sparse
 from dscore_plugin.synaptic_training import run_synaptic
 from dscore_plugin.train_jobs import SparsityGoal, TrainJob, train_phase

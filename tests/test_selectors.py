@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from dscore_plugin import load_pruned
+from dscore_plugin.analysis_runs import run_plan
 from dscore_plugin.artifact import read_structure
 from dscore_plugin.datasets import load_data
 from dscore_plugin.jobs import Choice, PruneJob, Source
 from dscore_plugin.models import create_model
-from dscore_plugin.pipeline import run_plan, run_prune
+from dscore_plugin.pipeline import run_prune
 from dscore_plugin.training.evaluation import evaluate
 from tests.architectures import randomised
 

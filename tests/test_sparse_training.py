@@ -36,7 +36,7 @@ IMAGE = torch.zeros(1, 3, 32, 32)
 
 @pytest.fixture(autouse=True)
 def no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dscore_plugin.pipeline.latency", lambda *_: {"1": {"median": 1.0, "iqr": 0.0}})
+    monkeypatch.setattr("dscore_plugin.runs.latency", lambda *_: {"1": {"median": 1.0, "iqr": 0.0}})
 
 
 @pytest.fixture(scope="module")

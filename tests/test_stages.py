@@ -73,15 +73,15 @@ def test_an_interrupted_run_goes_on_with_the_next_stage(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline.run_prune(job(weights, tmp_path / "whole"))
-    run_stage, ran = pipeline._run_stage, []
+    run_stage, ran = pipeline._Run.stage, []
 
-    def interrupted(job: PruneJob, number: int, *rest: Any) -> dict[str, Any]:
+    def interrupted(run: Any, number: int, model: Any) -> dict[str, Any]:
         ran.append(number)
         if ran == [1, 2]:
             raise KeyboardInterrupt
-        return run_stage(job, number, *rest)
+        return run_stage(run, number, model)
 
-    monkeypatch.setattr(pipeline, "_run_stage", interrupted)
+    monkeypatch.setattr(pipeline._Run, "stage", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run_prune(job(weights, tmp_path / "a"))
     assert not (tmp_path / "a").exists()

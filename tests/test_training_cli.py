@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dscore_plugin import pipeline, train_jobs
+from dscore_plugin import pipeline, runs, train_jobs
 from dscore_plugin.cli import main
 from dscore_plugin.models import create_model
 from tests.training.test_tracking import read as read_curves
@@ -28,7 +28,7 @@ def dscore(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(
-        pipeline, "latency", lambda model, shape: {"1": {"median": 1.0, "iqr": 0.0}}
+        runs, "latency", lambda model, shape: {"1": {"median": 1.0, "iqr": 0.0}}
     )  # takes long
 
     def run(*arguments: object) -> tuple[int, str]:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from dscore_plugin.analysis_runs import run_sensitivity
 from dscore_plugin.bench.cells import Cell, Place
 from dscore_plugin.bench.claims import alone, first_free
 from dscore_plugin.bench.protocol import Protocol
@@ -23,7 +24,7 @@ from dscore_plugin.bench.records import (
 from dscore_plugin.bench.survey import FAILED, UNFIT, Survey, seconds_left, survey
 from dscore_plugin.errors import BenchError
 from dscore_plugin.files import read_json, write_json, write_text
-from dscore_plugin.pipeline import run_prune, run_sensitivity
+from dscore_plugin.pipeline import run_prune
 from dscore_plugin.training.progress import Progress
 
 Say = Callable[[str], None]

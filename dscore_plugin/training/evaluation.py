@@ -165,9 +165,10 @@ def _distance(
     model: nn.Module, norms: Sequence[_BatchNorm], images: ImageSet, count: int, seed: int
 ) -> float:
     """Say how far the statistics of images are from those that the first norm has, in standard deviations."""
-    seen: list[tuple[nn.Module, Tensor]] = []
+    seen: list[tuple[_BatchNorm, Tensor]] = []
 
     def note(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        assert isinstance(norm, _BatchNorm)
         seen.append((norm, inputs[0]))
         raise _SeenError
 
@@ -183,6 +184,8 @@ def _distance(
     if not seen:  # none of its norms is used
         return 0.0
     norm, inputs = seen[0]
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     dims = [dim for dim in range(inputs.dim()) if dim != 1]
     mean, variance = inputs.mean(dims), inputs.var(dims)
     own = (norm.running_var + norm.eps).sqrt()

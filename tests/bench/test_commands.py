@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dscore_plugin import pipeline
+from dscore_plugin import analysis_runs, pipeline
 from dscore_plugin.bench.cells import Cell, Place
 from dscore_plugin.bench.protocol import Block, Protocol, load_protocol
 from dscore_plugin.bench.survey import cells_of
@@ -36,7 +36,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         raise CaughtError("caught")
 
     monkeypatch.setattr(pipeline, "run_prune", catch)
-    monkeypatch.setattr(pipeline, "run_sensitivity", catch)
+    monkeypatch.setattr(analysis_runs, "run_sensitivity", catch)
     return found
 
 

@@ -251,7 +251,7 @@ def test_the_time_of_an_interrupted_choice_is_not_known(
 ) -> None:
     asked, here, out = protocol(tmp_path), place(tmp_path), tmp_path / "out.json"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_plan", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline._Run, "_plan", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_bench(asked, here, out)
     run_bench(asked, here, out)

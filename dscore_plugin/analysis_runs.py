@@ -1,0 +1,112 @@
+"""Runs that leave a network as it is: a plan, a sensitivity analysis, an evaluation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from dscore_plugin.artifact import load_pruned, read_structure
+from dscore_plugin.choosing import choose, sensitivity_table
+from dscore_plugin.errors import ArtifactError, ModelError
+from dscore_plugin.files import atomic_folder, ensure_writable
+from dscore_plugin.jobs import Choice, Source
+from dscore_plugin.plan import Plan
+from dscore_plugin.registry import get_criterion
+from dscore_plugin.report.kernel_numbers import sparse_latency
+from dscore_plugin.report.plots import plot_sensitivity
+from dscore_plugin.runs import Say, measure
+from dscore_plugin.selection.sensitivity import Sensitivity, check_ratios
+from dscore_plugin.surgery.kernel_masks import kernel_masks
+from dscore_plugin.training.progress import NoProgress, Progress
+
+
+def run_plan(source: Source, choice: Choice, say: Say = lambda _: None) -> Plan:
+    """Choose what leaves a network, without touching it."""
+    choice.check()
+    if source.weights is None:
+        raise ModelError("a plan needs trained weights; pass --weights FILE")
+    data = source.load_images()
+    return choose(source, choice, source.build(data), data)
+
+
+def run_sensitivity(
+    source: Source,
+    choice: Choice,
+    out: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    say: Say = lambda _: None,
+) -> Sensitivity:
+    """Measure the sensitivity of every layer and write the table and its picture.
+
+    Args:
+        source: the network, with its weights, and the images.
+        choice: the criterion, and how to measure.
+        out: the folder that takes ``sensitivity.json``, ``.csv``, ``.png`` and ``.svg``.
+        force: replace it.
+        resume: go on with an interrupted analysis.
+        progress: shows bars.
+        say: takes a line of news now and then.
+
+    Returns:
+        The table.
+
+    Raises:
+        DScoreError: on bad input, before any work starts.
+    """
+    ensure_writable(out, force)
+    get_criterion(choice.criterion)
+    check_ratios(choice.analysis.ratios)
+    if source.weights is None:
+        raise ModelError("a sensitivity analysis needs trained weights; pass --weights FILE")
+    work = out.with_name(out.name + ".work")
+    if work.exists() and not (resume or force):
+        raise ArtifactError(
+            f"{work} holds an unfinished analysis; go on with --resume, or start over with --force"
+        )
+    if work.exists() and not resume:
+        shutil.rmtree(work)
+    data = source.load_images()
+    if choice.analysis.paper_protocol:
+        say(
+            "paper protocol: the ratios are measured on the TEST images, so they know them; do not compare the result"
+        )
+    table = sensitivity_table(source, choice, source.build(data), data, work, progress=progress)
+    if PartialState().is_main_process:
+        with atomic_folder(out, force) as folder:
+            table.save(folder)
+            plot_sensitivity(table, folder / "sensitivity")
+        shutil.rmtree(work)
+        say(f"saved {out}: sensitivity.json, .csv, .png, .svg")
+    return table
+
+
+def run_evaluate(folder: Path | None, source: Source, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure a saved artifact, or a dense network, on the test images.
+
+    Args:
+        folder: an artifact; None measures the network that ``source`` names.
+        source: the images, and the dense network with its weights.
+        progress: shows bars.
+
+    Returns:
+        ``{"top1", "images", "macs", "params", "latency_ms"}``, and ``"sparse_latency_ms"`` where kernels are gone.
+
+    Raises:
+        DScoreError: on bad input.
+    """
+    if folder is None and source.weights is None:
+        raise ModelError("a dense network needs trained weights; pass --weights FILE, or name an artifact")
+    if folder is not None:
+        read_structure(folder)  # before the images, which may take long to load
+    data = source.load_images()
+    model = source.build(data) if folder is None else load_pruned(folder).to(source.find_device())
+    found = {**measure(model, data, progress or NoProgress()), "images": len(data.test)}
+    if kernel_masks(model):
+        found["sparse_latency_ms"] = sparse_latency(model, data.input_shape)
+    return found
