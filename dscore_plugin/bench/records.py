@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dscore_plugin.artifact_description import package_versions
+from dscore_plugin.artifact.description import package_versions
 from dscore_plugin.bench.cells import Cell, Place
 from dscore_plugin.bench.hardware import hardware_name
 from dscore_plugin.errors import BenchError

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dscore_plugin.artifact_fit import all_modules, build_dense, check_names, plain_value, split_name
-from dscore_plugin.artifact_structure import (
+from dscore_plugin.artifact.fit import all_modules, build_dense, check_names, plain_value, split_name
+from dscore_plugin.artifact.structure import (
     ATTRIBUTES,
     CUSTOM,
     REFUSED_ARGUMENTS,
     check_arguments,
     is_attribute,
 )
-from dscore_plugin.artifact_surgery import Surgery, remove_layers, without_masks
+from dscore_plugin.artifact.surgery import Surgery, remove_layers, without_masks
 from dscore_plugin.errors import ArtifactError
 from dscore_plugin.surgery.kernel_masks import dense_class
 

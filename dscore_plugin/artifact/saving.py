@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dscore_plugin.artifact_description import (
+from dscore_plugin.artifact.description import (
     describe_buffers,
     describe_modules,
     find_dense,
@@ -25,7 +25,7 @@ from dscore_plugin.artifact_description import (
     read_state,
     shared_storage,
 )
-from dscore_plugin.artifact_fit import (
+from dscore_plugin.artifact.fit import (
     Stored,
     build_dense,
     check_fit,
@@ -36,7 +36,7 @@ from dscore_plugin.artifact_fit import (
     narrow,
     rebuild_buffers,
 )
-from dscore_plugin.artifact_structure import (
+from dscore_plugin.artifact.structure import (
     CUSTOM,
     FORMAT_VERSION,
     STRUCTURE,
@@ -44,7 +44,7 @@ from dscore_plugin.artifact_structure import (
     first_line,
     validate_structure,
 )
-from dscore_plugin.artifact_surgery import (
+from dscore_plugin.artifact.surgery import (
     check_maskable,
     compress,
     describe_surgery,

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dscore_plugin import artifact
-from dscore_plugin.artifact import load_pruned, read_structure, save_pruned
+from dscore_plugin.artifact import load_pruned, read_structure, save_pruned, saving
 from dscore_plugin.errors import ArtifactError
 from dscore_plugin.models import create_model
 
@@ -422,7 +421,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifact, "write_text", interrupted)
+    monkeypatch.setattr(saving, "write_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_pruned(timm.create_model("resnet18"), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dscore_plugin.artifact_fit import Stored
-from dscore_plugin.artifact_structure import WEIGHTS
+from dscore_plugin.artifact.fit import Stored
+from dscore_plugin.artifact.structure import WEIGHTS
 from dscore_plugin.errors import ArtifactError, PlanError
 from dscore_plugin.surgery.kernel_masks import can_be_masked, kernel_masks
 from dscore_plugin.surgery.layers import remove_branches, removed_branches

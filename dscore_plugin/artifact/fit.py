@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from dscore_plugin.artifact_structure import FACTORS, STRUCTURE, WEIGHTS, first_line, short
+from dscore_plugin.artifact.structure import FACTORS, STRUCTURE, WEIGHTS, first_line, short
 from dscore_plugin.errors import ArtifactError, did_you_mean
 
 
