@@ -30,7 +30,7 @@ import torch
 from measuring import command, floats, here
 from torch import Tensor, nn
 
-from dscore_plugin.artifact import save_pruned
+from dscore_plugin.artifact import WEIGHTS, save_pruned
 from dscore_plugin.datasets import ImageData, load_data
 from dscore_plugin.files import read_json, write_json
 from dscore_plugin.integrations.torch_pruning.synaptic import kernel_scores
@@ -99,7 +99,7 @@ class Bench:
             kernels[name] += math.prod(self.model.get_submodule(removal.layer).weight.shape[:2])
         with tempfile.TemporaryDirectory() as folder:
             sizes = [
-                (save_pruned(model, Path(folder) / name) / "weights.safetensors").stat().st_size
+                (save_pruned(model, Path(folder) / name) / WEIGHTS).stat().st_size
                 for name, model in (("dense", self.model), ("pruned", plan.apply(copy.deepcopy(self.model))))
             ]
         return {
@@ -138,13 +138,14 @@ def mean(result: dict[str, Any], criterion: str, ratio: float, stage: str) -> fl
 def markdown(result: dict[str, Any]) -> str:
     """Arrange the results as one table for each stage."""
     lines = [f"dense: {result['dense_top1']:.2f} %", ""]
+    labels = " | ".join(CRITERIA.values()).replace("|w|", r"\|w\|")
     for stage, title in STAGES.items():
         if stage == "finetuned":
             title = f"fine-tuned for {result['epochs']} epoch{'s' * (result['epochs'] > 1)}"
         lines += [
             f"top-1, {title}",
             "",
-            f"| sparsity | {' | '.join(CRITERIA.values())} |",
+            f"| sparsity | {labels} |",
             "|---|---|---|---|",
         ]
         for ratio in result["ratios"]:
@@ -154,7 +155,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "removed of the convolutions of each name, and the size of the weights' file",
         "",
-        f"| sparsity | {' | '.join(CRITERIA.values())} |",
+        f"| sparsity | {labels} |",
         "|---|---|---|---|",
     ]
     for ratio in result["ratios"]:
