@@ -12,7 +12,8 @@ def hardware_name(device: torch.device) -> str:
     """Name a device in words: the GPU, or the processor and how many threads compute on it."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def processor_name() -> str:
