@@ -138,13 +138,13 @@ class _Run:
 
     def stage(self, number: int, model: nn.Module) -> Numbers:
         """Choose, remove, measure, recalibrate, fine-tune; return the stage's plan and numbers."""
-        form = images_of_statistics(model, self.data.train)
+        form = images_of_statistics(model, self.data.train) if self.job.recalibrate else None
         plan, seconds = self._timed_plan(number, model)
         plan.save(self.folder(number) / "plan.json")
         self.say(str(plan))
         plan.apply(model)
         pruned = measure(model, self.data, self.progress)
-        recalibrated = self._recalibrated(model, form, pruned)
+        recalibrated = self._recalibrated(model, form, pruned) if form is not None else None
         finetuned, validation = self._finetuned(number, model, pruned)
         return {
             "plan": plan.to_dict(),
@@ -235,9 +235,7 @@ class _Run:
         changed: dict[str, Any] = {goal: now if goal == "keep_layers" else min(now, 0.999)}
         return replace(choice, **changed)
 
-    def _recalibrated(self, model: nn.Module, form: ImageSet, pruned: Numbers) -> Numbers | None:
-        if not self.job.recalibrate:
-            return None
+    def _recalibrated(self, model: nn.Module, form: ImageSet, pruned: Numbers) -> Numbers:
         recalibrate_batchnorm(model, form)
         top1 = evaluate(model, self.data.test, progress=self.progress).top1
         return {**pruned, "top1": top1, "statistics_of": "augmented" if form.augmented else "plain"}

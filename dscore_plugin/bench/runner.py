@@ -136,10 +136,7 @@ def _write(record: Record, cell: Cell, place: Place, out: Path) -> None:
 
 
 def _has_numbers(cell: Cell, place: Place, out: Path) -> bool:
-    return any(
-        (record["id"], record["weights"]["sha256"]) == (cell.id, place.digest)
-        for record in finished(_adopt(place, out))
-    )
+    return any(key(record) == (cell.id, place.digest) for record in finished(_adopt(place, out)))
 
 
 def _failed(found: Survey) -> set[str]:

@@ -106,14 +106,13 @@ def recalibrate_batchnorm(
     Raises:
         DataError: if the set is empty or ``count`` or ``batch_size`` is less than 1.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = _running_norms(model)
     require_images(images)
     if count < 1 or batch_size < 1:
         raise DataError(f"count={count} and batch_size={batch_size} are not valid; expected numbers >= 1")
     if not norms:
         return
-    chosen = images.subset(min(count, len(images)), seed=seed)
-    chosen.set_epoch(0)
+    chosen = _as_at_first(images, count, seed)
     # Shuffled, because a set stored class by class would give batches of one class, and too small a variance.
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
     batches = order.tensor_split(math.ceil(len(chosen) / batch_size))
@@ -129,6 +128,17 @@ def recalibrate_batchnorm(
             for norm in norms:
                 norm.momentum = len(inputs) / seen  # the average so far keeps the rest
             model(inputs.to(device))
+
+
+def _running_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def _as_at_first(images: ImageSet, count: int, seed: int) -> ImageSet:
+    """Return so many of the images, in the form of the first epoch."""
+    chosen = images.subset(min(count, len(images)), seed=seed)
+    chosen.set_epoch(0)
+    return chosen
 
 
 class _SeenError(BaseException):
@@ -153,7 +163,7 @@ def images_of_statistics(model: nn.Module, images: ImageSet, *, count: int = 256
     Raises:
         DataError: if the set is empty.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = _running_norms(model)
     require_images(images)
     if not norms:
         return images
@@ -172,8 +182,7 @@ def _distance(
         seen.append((norm, inputs[0]))
         raise _SeenError
 
-    chosen = images.subset(min(count, len(images)), seed=seed)
-    chosen.set_epoch(0)
+    chosen = _as_at_first(images, count, seed)
     handles = [norm.register_forward_pre_hook(note) for norm in norms]
     try:
         with in_eval_mode(model), torch.no_grad(), _float32(model) as device, suppress(_SeenError):
