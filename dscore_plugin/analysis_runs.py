@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ from accelerate import PartialState
 
 from dscore_plugin.artifact import load_pruned, read_structure
 from dscore_plugin.choosing import choose, sensitivity_table
-from dscore_plugin.errors import ArtifactError, ModelError
+from dscore_plugin.errors import ModelError
 from dscore_plugin.files import atomic_folder, ensure_writable
 from dscore_plugin.jobs import Choice, Source
 from dscore_plugin.plan import Plan
 from dscore_plugin.registry import get_criterion
 from dscore_plugin.report.kernel_numbers import sparse_latency
 from dscore_plugin.report.plots import plot_sensitivity
-from dscore_plugin.runs import Say, measure
+from dscore_plugin.runs import Say, measure, open_work
 from dscore_plugin.selection.sensitivity import Sensitivity, check_ratios
 from dscore_plugin.surgery.kernel_masks import kernel_masks
 from dscore_plugin.training.progress import NoProgress, Progress
@@ -29,7 +30,7 @@ def run_plan(source: Source, choice: Choice, say: Say = lambda _: None) -> Plan:
     if source.weights is None:
         raise ModelError("a plan needs trained weights; pass --weights FILE")
     data = source.load_images()
-    return choose(source, choice, source.build(data), data)
+    return choose(source, choice, source.build(data), data, say=say)
 
 
 def run_sensitivity(
@@ -65,13 +66,8 @@ def run_sensitivity(
     if source.weights is None:
         raise ModelError("a sensitivity analysis needs trained weights; pass --weights FILE")
     work = out.with_name(out.name + ".work")
-    if work.exists() and not (resume or force):
-        raise ArtifactError(
-            f"{work} holds an unfinished analysis; go on with --resume, or start over with --force"
-        )
-    if work.exists() and not resume:
-        shutil.rmtree(work)
     data = source.load_images()
+    open_work(work, {"source": asdict(source), "choice": asdict(choice)}, say, force=force, resume=resume)
     if choice.analysis.paper_protocol:
         say(
             "paper protocol: the ratios are measured on the TEST images, so they know them; do not compare the result"

@@ -42,7 +42,8 @@ def open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, re
         resume: go on with it.
 
     Raises:
-        ArtifactError: if there is an unfinished run and neither is given, or it is another one.
+        ArtifactError: if there is an unfinished run and neither is given, or it is another one, or it left no
+            note of what it was.
     """
     Processes().once(lambda: _open_work(work, identity, say, force=force, resume=resume))
 
@@ -58,11 +59,12 @@ def _open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, r
             )
         say(f"continuing the run in {work}")
         return
-    if work.exists():
+    if work.exists() and any(work.iterdir()):  # a run killed at once leaves an empty folder
         if not force:
+            known = "holds an unfinished run; go on with --resume, or"
             raise ArtifactError(
-                f"{work} holds an unfinished run; go on with --resume, or start over with --force"
+                f"{work} {'does not say which run it holds;' if resume else known} start over with --force"
             )
         shutil.rmtree(work)
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
     write_json(note, now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from dscore_plugin import plan_pruning
 from dscore_plugin.cli import main
 from dscore_plugin.datasets import load_data
-from dscore_plugin.errors import BudgetError, PlanError
+from dscore_plugin.errors import BudgetError, DataError, PlanError
 from dscore_plugin.files import read_json
 from dscore_plugin.groups import removal_count
 from dscore_plugin.jobs import Choice, PruneJob, Source
@@ -81,6 +82,31 @@ def test_the_analysis_writes_a_table_and_its_picture(table: Path) -> None:
         "sensitivity.json", "sensitivity.csv", "sensitivity.png", "sensitivity.svg",
     }  # fmt: skip
     assert not table.parent.with_name("s.work").exists()
+
+
+def test_an_interrupted_analysis_goes_on_with_the_same_options_only(
+    dscore: Run, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = ("sensitivity", "--weights", weights, "--images", 60, "--out", "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(Sensitivity, "save", lambda *_: (_ for _ in ()).throw(DataError("no room")))
+        assert dscore(*every)[0] == 2
+    measured = Path("s.work/cells.jsonl").read_text()
+    assert "--resume" in dscore(*every)[2]
+    assert "s.work holds another run (choice differ)" in dscore(*every, "--criterion", "l1", "--resume")[2]
+    assert Path("s.work/cells.jsonl").read_text() == measured
+
+    shutil.copytree("s.work", "later.work")
+    code, _, err = dscore(*every[:-1], "later", "--resume")
+    assert code == 0, err
+    assert "continuing the run in later.work" in err
+    assert not Path("later.work").exists()
+
+    Path("s.work/job.json").unlink()
+    assert "s.work does not say which run it holds" in dscore(*every, "--resume")[2]
+    assert dscore(*every, "--force")[0] == 0
+    Path("empty.work").mkdir()
+    assert dscore(*every[:-1], "empty")[0] == 0  # killed before it did anything
 
 
 def test_the_plan_applies_what_was_measured(dscore: Run, weights: Path, table: Path) -> None:

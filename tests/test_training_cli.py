@@ -145,6 +145,7 @@ def test_launched_processes_train_together_and_prune_not_at_all(
     assert not (tmp_path / "dense.work").exists()
 
     (tmp_path / "other.work").mkdir()
+    (tmp_path / "other.work" / "job.json").write_text("{}")
     refused = launched(*training[:-1], "other")
     assert refused.returncode != 0
     assert refused.stderr.count("holds an unfinished run; go on with --resume") == 2  # each process says so
