@@ -60,10 +60,11 @@ def _open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, r
         say(f"continuing the run in {work}")
         return
     if work.exists() and any(work.iterdir()):  # a run killed at once leaves an empty folder
+        if not force and resume:
+            raise ArtifactError(f"{work} does not say which run it holds; start over with --force")
         if not force:
-            known = "holds an unfinished run; go on with --resume, or"
             raise ArtifactError(
-                f"{work} {'does not say which run it holds;' if resume else known} start over with --force"
+                f"{work} holds an unfinished run; go on with --resume, or start over with --force"
             )
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
