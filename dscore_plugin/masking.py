@@ -168,11 +168,15 @@ def _over_kernels(name: str, module: nn.Module, places: Tensor) -> Tensor:
 def _silence(stack: ExitStack, module: nn.Module, role: Role, mask: Tensor) -> bool:
     """Hook a mask onto a consumer or a norm until ``stack`` closes; False where the module works as before."""
     mask = mask.to(next((p.device for p in module.parameters()), torch.device("cpu")))
-    own = next((forward for form in _FORMS if (forward := form(module, role, mask)) is not None), None)
+    any_left = bool(mask.any())
+    forms = (form(module, role, mask) for form in _FORMS if any_left)
+    own = next((forward for forward in forms if forward is not None), None)
     if own is not None:
         _replace_forward(stack, module, own)
     elif role is Role.CONSUMER:
         stack.callback(module.register_forward_pre_hook(_silence_input(mask)).remove)
+    elif not any_left:
+        return False  # statistics of nothing, for nobody
     elif isinstance(module, nn.LayerNorm):
         _replace_forward(stack, module, lambda x: _masked_layer_norm(module, x, mask.to(x.dtype)))
     elif isinstance(module, nn.GroupNorm):

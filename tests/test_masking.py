@@ -196,6 +196,20 @@ def test_no_units_silence_nothing() -> None:
         assert torch.allclose(model(x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NORMS)
+def test_where_all_are_silenced_the_consumers_receive_zeros(name: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(WIDTH, 3, 1) if name in FIRST else nn.Linear(WIDTH, 3)
+    model, x = nn.Sequential(NORMS[name](), layer), torch.randn(2, WIDTH, WIDTH, WIDTH)
+    everything = [(group(WIDTH, ("0", Role.NORM), ("1", Role.CONSUMER)), range(WIDTH))]
+    expected = layer(torch.zeros_like(x))
+    with masked(model, everything):
+        assert torch.allclose(model(x), expected)
+    with Masks(model) as masks:
+        masks.silence(everything)
+        assert torch.allclose(model(x), expected)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_switched_masks_give_what_masks_give_and_leave_every_bit_as_it_was(name: str) -> None:
     architecture = SMALL[name]

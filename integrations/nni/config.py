@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from nni.compression.base.config import (
     default_config_schema,
@@ -56,47 +56,65 @@ def read_config(
         The list as NNI takes it, and the layers that it masks, in the network's order.
 
     Raises:
-        CriterionError: if a criterion, an option, a granularity or another key cannot be served, or an entry
-            matches no layer.
+        CriterionError: if a criterion, an option, a granularity, a dependency group or another key cannot be served,
+            or an entry matches no layer.
     """
     targets: dict[str, Target] = {}
-    entries = trans_legacy_config_list([deepcopy(dict(entry)) for entry in config_list])
+    groups: dict[Any, _Member] = {}
+    entries = current_entries(config_list)
     if not entries:
-        raise CriterionError("the config list is empty; give at least one entry with op_types or op_names")
-    for position, entry in enumerate(entries):
+        raise CriterionError("the config list names nothing to mask; give an entry with op_types or op_names")
+    for position, entry in entries.items():
         name, options = _take_own_keys(entry, default, fixed)
         info = _criterion(name)
         importance = info.build(**options)
         _validate(entry, position)
         modules, settings = select(model, entry, position)
         for layer, module in modules.items():
-            granularity = _granularity(layer, module, settings, info)
-            if granularity is not None:
-                targets.setdefault(layer, Target(layer, granularity, info, importance))
+            weight = _weight_setting(layer, module, settings)
+            if weight is not None and layer not in targets:
+                granularity = _served(layer, module, weight["granularity"], info)
+                targets[layer] = Target(layer, granularity, info, importance)
+                _check_group(groups, layer, module, weight, granularity)
     order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    return entries, dict(sorted(targets.items(), key=lambda item: order[item[0]]))
+    return list(entries.values()), dict(sorted(targets.items(), key=lambda item: order[item[0]]))
+
+
+def current_entries(config_list: Sequence[Mapping[str, Any]]) -> dict[int, Entry]:
+    """Copy a config list, with NNI's old keys translated; entries that only exclude go into the others.
+
+    Returns:
+        The entries, by their positions in the list.
+    """
+    entries = trans_legacy_config_list([deepcopy(dict(entry)) for entry in config_list])
+    return {
+        position: entry
+        for position, (entry, given) in enumerate(zip(entries, config_list, strict=True))
+        if "exclude" not in given or "exclude" in entry  # which is then refused as NNI refuses it
+    }
 
 
 def select(model: nn.Module, entry: Entry, position: int) -> tuple[dict[str, nn.Module], Entry]:
-    """Return the layers that an entry matches, and what it says of them.
+    """Return the layers that an entry matches, in the network's order, and what it says of them.
 
     Raises:
         CriterionError: if it matches none.
     """
     own = {key: value for key, value in entry.items() if key in OWN_KEYS}
-    modules, settings, _ = select_modules_by_config(
+    found, settings, _ = select_modules_by_config(
         model, {key: value for key, value in entry.items() if key not in OWN_KEYS}
     )
-    if not modules:
+    if not found:
         asked = ", ".join(f"{key} {entry[key]}" for key in entry if "op_" in key)
         kinds = sorted({type(module).__name__ for module in model.modules() if _is_layer(module)})
         raise CriterionError(
             f"entry {position} of the config list matches no layer of {type(model).__name__} ({asked}); "
             f"its layers are of the types {', '.join(kinds)}"
         )
-    for module in modules.values():
+    for module in found.values():
         _introduce(module)
-    return modules, {**settings, **own}
+    order = (name for name, _ in model.named_modules(remove_duplicate=False))
+    return {name: found[name] for name in order if name in found}, {**settings, **own}
 
 
 def granularity_of(granularity: Any, dims: int) -> str:
@@ -117,6 +135,30 @@ def granularity_of(granularity: Any, dims: int) -> str:
     rest = [-1] * (dims - 2)
     known = {"out_channel": [1, -1, *rest], "in_channel": [-1, 1, *rest], "kernel": [1, 1, *rest]}
     return next((name for name, size in known.items() if size == full), "other")
+
+
+def default_granularity(info: CriterionInfo, dims: int) -> str:
+    """Name the granularity at which a criterion masks a weight of ``dims`` dimensions if none is asked for."""
+    return "kernel" if info.kernel_scores and dims > 2 and info.granularity[0] == "kernel" else "out_channel"
+
+
+def active_targets(layer: str, module: nn.Module, settings: Entry) -> dict[str, Entry]:
+    """Return the settings of a layer's tensors that an entry masks on their own account, by name.
+
+    Raises:
+        CriterionError: if NNI does not know how to mask such a layer.
+    """
+    try:
+        targets = canonicalize_settings(module, settings, "pruning")
+    except (AssertionError, KeyError) as error:
+        raise CriterionError(
+            f"NNI cannot mask {layer!r}, a {type(module).__name__}: {error}; exclude it, or register its targets"
+        ) from error
+    return {
+        name: setting
+        for name, setting in targets.items()
+        if setting.get("sparse_ratio") is not None or setting.get("sparse_threshold") is not None
+    }
 
 
 def kernel_size(dims: int) -> list[int]:
@@ -161,18 +203,12 @@ def _validate(entry: Entry, position: int) -> None:
         ) from error
 
 
-def _granularity(layer: str, module: nn.Module, settings: Entry, info: CriterionInfo) -> str | None:
-    """Say how a layer is masked; None if its weight is not masked on its own account."""
-    try:
-        targets = canonicalize_settings(module, settings, "pruning")
-    except (AssertionError, KeyError) as error:
-        raise CriterionError(
-            f"NNI cannot mask {layer!r}, a {type(module).__name__}: {error}; exclude it, or register its targets"
-        ) from error
-    active = [name for name, setting in targets.items() if _is_active(setting)]
+def _weight_setting(layer: str, module: nn.Module, settings: Entry) -> Entry | None:
+    """Return how a layer's weight is masked; None if it is not masked on its own account."""
+    active = active_targets(layer, module, settings)
     if not active:
         return None
-    if active != ["weight"]:
+    if list(active) != ["weight"]:
         other = next(name for name in active if name != "weight")
         raise CriterionError(
             f"criteria score weights; {other!r} of {layer!r} cannot have a sparse_ratio of its own"
@@ -182,16 +218,16 @@ def _granularity(layer: str, module: nn.Module, settings: Entry, info: Criterion
         raise CriterionError(
             f"{layer!r}, a {type(module).__name__}, cannot be scored ({why}); exclude it with exclude_op_names"
         )
-    return _served(layer, module, targets["weight"]["granularity"], info)
+    return active["weight"]
 
 
 def _served(layer: str, module: nn.Module, asked: Any, info: CriterionInfo) -> str:
-    dims = module.weight.ndim
-    granularity = granularity_of(asked, int(dims))  # type: ignore[arg-type]
+    dims = int(module.weight.ndim)  # type: ignore[arg-type]
+    granularity = granularity_of(asked, dims)
     channels = {"out_channel", "in_channel"} if "channel" in info.granularity else set()
-    kernels = {"kernel"} if info.kernel_scores and dims > 2 else set()  # type: ignore[operator]
+    kernels = {"kernel"} if info.kernel_scores and dims > 2 else set()
     if granularity == "default":
-        granularity = "kernel" if kernels and info.granularity[0] == "kernel" else "out_channel"
+        granularity = default_granularity(info, dims)
     if granularity not in channels | kernels:
         can = ", ".join(sorted(channels | kernels)) or "none"
         raise CriterionError(
@@ -201,8 +237,36 @@ def _served(layer: str, module: nn.Module, asked: Any, info: CriterionInfo) -> s
     return granularity
 
 
-def _is_active(setting: Mapping[str, Any]) -> bool:
-    return setting.get("sparse_ratio") is not None or setting.get("sparse_threshold") is not None
+class _Member(NamedTuple):
+    """What must be the same in all layers of a dependency group, and the name of one of them."""
+
+    layer: str
+    ratio: float
+    shape: tuple[int, ...]  # of its scores
+
+
+def _check_group(
+    groups: dict[Any, _Member], layer: str, module: nn.Module, weight: Entry, granularity: str
+) -> None:
+    """Refuse a layer that NNI cannot mask together with the others of its dependency group."""
+    name = weight["dependency_group_id"]
+    if name is None:
+        return
+    if weight["sparse_ratio"] is None:
+        raise CriterionError(
+            f"{layer!r} is in the dependency group {name!r}, which NNI masks by sparse_ratio only, and has a "
+            "sparse_threshold; leave its dependency_group_id out"
+        )
+    scored = {"out_channel": (0,), "in_channel": (1,), "kernel": (0, 1)}[granularity]
+    shape = tuple(size if dim in scored else 1 for dim, size in enumerate(module.weight.shape))  # type: ignore[arg-type]
+    member = _Member(layer, weight["sparse_ratio"], shape)
+    first = groups.setdefault(name, member)
+    if first[1:] != member[1:]:
+        raise CriterionError(
+            f"NNI cannot mask {first.layer!r} and {layer!r} alike, as their dependency_group_id {name!r} asks: "
+            f"sparse_ratio {first.ratio} and {member.ratio}, scores of the shapes {first.shape} and {member.shape}; "
+            "give them the same, or leave the id out"
+        )
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -6,12 +6,20 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from nni.compression.base.config import trans_legacy_config_list
 from torch import Tensor, nn
 
+from dscore_plugin.errors import CriterionError
 from dscore_plugin.groups import Role
-from dscore_plugin.integrations.nni.config import Entry, granularity_of, select
+from dscore_plugin.integrations.nni.config import (
+    Entry,
+    active_targets,
+    current_entries,
+    default_granularity,
+    granularity_of,
+    select,
+)
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
+from dscore_plugin.registry import get_criterion
 
 
 def set_dependency_groups(
@@ -25,7 +33,8 @@ def set_dependency_groups(
     network's: the same network gives the same list. A layer that must lose channels in sets (a grouped convolution
     or a group norm behind it) gets its ``internal_metric_block``. Layers alone in their group get no id, so that
     global ratios and minimal and maximal ones, which NNI does not apply to dependency groups, still hold for them;
-    so do layers that DepGraph cannot prune, and granularities other than output channels.
+    so do layers that DepGraph cannot prune, layers with a ``sparse_threshold``, which NNI does not take in dependency
+    groups, and granularities other than output channels (that of a criterion that masks single kernels, too).
 
     NNI adds the metrics of a group's members up; convolutions and linear layers in one group get two ids, because
     it cannot add tensors of 4 and of 2 dimensions.
@@ -39,39 +48,43 @@ def set_dependency_groups(
         A new list, one entry for each layer.
 
     Raises:
-        CriterionError: if an entry matches no layer.
+        CriterionError: if an entry matches no layer, or layers that lose the same channels have several ratios.
         ModelError: if the network cannot be traced.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    entries = trans_legacy_config_list([deepcopy(dict(entry)) for entry in config_list])
-    selected = [select(model, entry, position) for position, entry in enumerate(entries)]
-    masked = {
-        name
-        for modules, settings in selected
-        for name, module in modules.items()
-        if _by_output(module, settings)
-    }
-    keys = _group_keys(PruningGraph(model, inputs), masked)
-    order = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    selected = [select(model, entry, position) for position, entry in current_entries(config_list).items()]
+    ratios: dict[str, float | None] = {}
+    for modules, settings in selected:
+        for name, module in modules.items():
+            weight = active_targets(name, module, settings).get("weight")
+            if weight is not None and name not in ratios:  # NNI serves a layer by the first entry
+                ratios[name] = _ratio_of_outputs(module, weight, settings.get("criterion"))
+    keys = _group_keys(
+        PruningGraph(model, inputs), {n: ratio for n, ratio in ratios.items() if ratio is not None}
+    )
     return [
-        {"op_names": [name], **deepcopy(settings), **(keys.get(name, {}) if name in masked else {})}
+        {"op_names": [name], **deepcopy(settings), **keys.get(name, {})}
         for modules, settings in selected
-        for name in order
-        if name in modules
+        for name in modules
     ]
 
 
-def _group_keys(graph: PruningGraph, masked: set[str]) -> dict[str, Entry]:
+def _group_keys(graph: PruningGraph, ratios: Mapping[str, float]) -> dict[str, Entry]:
     keys: dict[str, Entry] = {}
     for group in graph.prunable:
         shapes: dict[tuple[int, int], list[str]] = {}
         for member in group.roles(Role.PRODUCER, Role.DEPTHWISE):
-            if member.module in masked:
+            if member.module in ratios:
                 dims = graph.model.get_parameter(f"{member.module}.weight").ndim
                 shapes.setdefault((dims, member.width), []).append(member.module)
         for (dims, width), names in shapes.items():
             if len(names) == 1 and group.division == 1:
                 continue
+            if len({ratios[name] for name in names}) > 1:
+                asked = ", ".join(f"{name} {ratios[name]}" for name in names)
+                raise CriterionError(
+                    f"these layers lose the same channels and are asked for several ratios: {asked}; give them one"
+                )
             suffix = "" if len(shapes) == 1 else f" ({dims}-d, {width})"
             for name in dict.fromkeys(names):
                 keys[name] = {"dependency_group_id": f"{group.name}{suffix}"}
@@ -80,11 +93,14 @@ def _group_keys(graph: PruningGraph, masked: set[str]) -> dict[str, Entry]:
     return keys
 
 
-def _by_output(module: nn.Module, settings: Entry) -> bool:
-    weight = getattr(module, "weight", None)
-    target = settings.get("target_settings", {}).get("weight", {})
-    asked = target.get("granularity", settings.get("granularity"))
-    return isinstance(weight, Tensor) and granularity_of(asked, weight.ndim) in ("default", "out_channel")
+def _ratio_of_outputs(module: nn.Module, weight: Entry, criterion: str | None) -> float | None:
+    """Return the sparse_ratio of a layer's outputs; None where its weight is masked in another way."""
+    if not isinstance(module.weight, Tensor):
+        return None
+    granularity = granularity_of(weight["granularity"], module.weight.ndim)
+    if granularity == "default" and criterion is not None:
+        granularity = default_granularity(get_criterion(criterion), module.weight.ndim)
+    return weight["sparse_ratio"] if granularity in ("default", "out_channel") else None
 
 
 def removable_layers(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> list[str]:

@@ -2,9 +2,9 @@
 
 NNI's mask silences the weight of a convolution alone; the batch norm behind it still emits its shift. Here the layers
 that read a channel receive zeros for it as soon as every layer that produces it is masked there, and norms that
-average over channels leave it out, as :func:`dscore_plugin.masking.masked` does. The masks are read from NNI's wrappers
-in every forward pass, so schedules, fused compression and loaded states are followed. All of it comes and goes with
-the wrappers.
+average over channels leave it out, as :func:`dscore_plugin.masking.masked` does. A layer masked whole cannot leave, and
+its masks are not carried on. The masks are read from NNI's wrappers in every forward pass, so schedules, fused
+compression and loaded states are followed. All of it comes and goes with the wrappers.
 """
 
 from __future__ import annotations

@@ -56,12 +56,17 @@ class Silence:
 
     Attributes:
         units: silenced whole, bool, shape ``(units,)``: every layer that produces them is masked there, or no layer
-            that reads them does so any more.
+            that reads them does so any more. None where that holds for all of them: they cannot leave, and so the
+            masks are not carried on either.
+        everything: whether it holds for all of them.
         touched: masked in some layer at least, bool, shape ``(units,)``.
+        split: masked at some of their positions in a layer and not at others, bool, shape ``(units,)``.
     """
 
     units: Tensor
+    everything: bool
     touched: Tensor
+    split: Tensor
 
 
 def silence(group: ChannelGroup, find: FindMask) -> Silence:
@@ -73,7 +78,10 @@ def silence(group: ChannelGroup, find: FindMask) -> Silence:
     nothing = torch.zeros(group.units, dtype=torch.bool)
     whole = [torch.stack([units for units, _ in side]).all(dim=0) for side in (made, read) if side]
     touched = torch.stack([nothing, *(part for _, part in (*made, *read, *others))]).any(dim=0)
-    return Silence(torch.stack([nothing, *whole]).any(dim=0) & touched, touched)
+    split = torch.stack([nothing, *(part & ~units for units, part in (*made, *read, *others))]).any(dim=0)
+    units = torch.stack([nothing, *whole]).any(dim=0) & touched
+    everything = bool(units.all())
+    return Silence(nothing if everything else units, everything, touched, split)
 
 
 def _gone(group: ChannelGroup, member: Member, mask: LayerMask | None) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ from torch.nn.modules.conv import _ConvNd
 from dscore_plugin.errors import PlanError
 from dscore_plugin.groups import ChannelGroup, Role
 from dscore_plugin.integrations.nni.extension import drop_forward, was_extended
-from dscore_plugin.integrations.nni.masks import LayerMask, silence
+from dscore_plugin.integrations.nni.masks import LayerMask, Silence, silence
 from dscore_plugin.integrations.nni.pruners import refuse_wrapped
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
+from dscore_plugin.masking import _along_channels
 from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.plan import ChannelRemoval, KernelRemoval, LayerRow, Plan, fingerprint
 from dscore_plugin.rollback import rolled_back_on_error
@@ -26,7 +27,7 @@ from dscore_plugin.rollback import rolled_back_on_error
 Masks = Mapping[str, Mapping[str, "Tensor | None"]]
 Say = Callable[[str], None]
 _log = logging.getLogger("dscore_plugin.nni")
-_AUDIBLE = 1e-6  # of the largest input of the layer that hears it
+_AUDIBLE = 1e-5  # of the largest output of the layer that hears it
 
 
 def speedup(
@@ -178,19 +179,31 @@ def _read_group(reading: _Reading, group: ChannelGroup) -> None:
     if group.protected:
         return
     found = silence(group, reading.layers.get)
-    partly = int((found.touched & ~found.units).sum())
-    if partly:
-        names = [m.module for m in group.roles(Role.PRODUCER, Role.DEPTHWISE)]
-        reading.lines.append(
-            f"{partly} of the {group.units} channels of {group.name!r} are masked in some of the layers that share "
-            f"them ({', '.join(names)}) and stay, zeroed; mask them alike with set_dependency_groups()"
-        )
-    if bool(found.units.all()):
+    if found.everything:
         reading.lines.append(
             f"all {group.channels} channels of {group.name!r} are masked and stay, zeroed; a layer needs one at least"
         )
-    elif bool(found.units.any()):
+        return
+    reading.lines += _partly_masked(group, found)
+    if bool(found.units.any()):
         reading.silent.append((group, tuple(found.units.nonzero().flatten().tolist())))
+
+
+def _partly_masked(group: ChannelGroup, found: Silence) -> Iterator[str]:
+    split = int((found.split & ~found.units).sum())
+    shared = int((found.touched & ~found.units & ~found.split).sum())
+    of = f"of the {group.units} {'channels' if group.division == 1 else f'sets of {group.division} channels'}"
+    if split:
+        yield (
+            f"{split} {of} of {group.name!r} are masked in part and stay, zeroed: what leaves together must be masked "
+            "together, as CriterionPruner does and NNI's own pruners do not"
+        )
+    if shared:
+        names = [m.module for m in group.roles(Role.PRODUCER, Role.DEPTHWISE)]
+        yield (
+            f"{shared} {of} of {group.name!r} are masked in some of the layers that share them ({', '.join(names)}) "
+            "and stay, zeroed; mask them alike with set_dependency_groups(), by output channels and one sparse_ratio"
+        )
 
 
 def _unread(model: nn.Module, reading: _Reading, masks: Masks) -> Iterator[str]:
@@ -252,34 +265,39 @@ def _audible(model: nn.Module, inputs: tuple[Any, ...], reading: _Reading) -> It
     heard: dict[str, tuple[str, float]] = {}
     with in_eval_mode(model), ExitStack() as stack, torch.no_grad():
         for group, units in reading.silent:
-            for member in group.roles(Role.CONSUMER):
-                listener = _Listener(heard, group.name, member.module, member.positions(torch.tensor(units)))
-                handle = model.get_submodule(member.module).register_forward_pre_hook(listener)
-                stack.callback(handle.remove)
+            for member in group.roles(Role.CONSUMER, Role.NORM):
+                module = model.get_submodule(member.module)
+                if member.role is Role.CONSUMER:
+                    keep = torch.ones(member.width)
+                    keep[member.positions(torch.tensor(units))] = 0
+                    listener = _Listener(heard, group.name, member.module, keep)
+                    stack.callback(module.register_forward_hook(listener).remove)
+                elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+                    heard[group.name] = (f"{member.module!r} averages over them", 0.0)
         model(*noise)
-    for group_name, (consumer, loudness) in heard.items():
+    for name, (how, _) in heard.items():
         yield (
-            f"the masked channels of {group_name!r} were not silent: {consumer!r} received up to {loudness:.2g} from "
-            "them (a bias, or the norm behind), which removal takes away; train under CriterionPruner's masks instead"
+            f"the masked channels of {name!r} were not silent: {how}, which removal takes away; "
+            "train under CriterionPruner's masks instead"
         )
 
 
 @dataclass
 class _Listener:
+    """A forward hook that notes what masked channels change in the output of the layer that reads them."""
+
     heard: dict[str, tuple[str, float]]
     group: str
     consumer: str
-    positions: Tensor
+    keep: Tensor
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0].detach()
-        channels = x.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).abs()
-        loudness = float(channels[self.positions.to(x.device)].max())
-        if (
-            loudness > _AUDIBLE * float(channels.max())
-            and loudness > self.heard.get(self.group, ("", 0.0))[1]
-        ):
-            self.heard[self.group] = (self.consumer, loudness)
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *rest = inputs
+        without = module.forward(x * _along_channels(self.keep.to(x), x, module), *rest)
+        change = float((without - output).abs().max())
+        if change > max(_AUDIBLE * float(output.abs().max()), self.heard.get(self.group, ("", 0.0))[1]):
+            how = f"they change what {self.consumer!r} computes by up to {change:.2g} (a bias, or the norm behind)"
+            self.heard[self.group] = (how, change)
 
 
 def _load(masks: Masks | str | Path) -> Masks:

@@ -7,6 +7,7 @@ the one beside this file: another tuner, or other machines than this one.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import socket
@@ -24,10 +25,12 @@ from safetensors.torch import save_file
 
 from dscore_plugin.datasets import load_data
 from dscore_plugin.errors import DScoreError, ModelError
+from dscore_plugin.files import atomic_folder
 from dscore_plugin.integrations.nni.experiment import trial
 
 _PATIENCE = 120  # seconds, and unanswered questions in a row
 _ATTEMPTS = 3
+_WEIGHTS = "weights.safetensors"
 _SHARED = ("data", "model", "dense_epochs", "epochs", "macs_weight", "seed")
 
 
@@ -88,7 +91,8 @@ def make_config(arguments: argparse.Namespace, out: Path) -> ExperimentConfig:
     source = arguments.config or Path(str(files(__package__) / "config.yml"))
     config = ExperimentConfig.load(str(source))
     weights = arguments.weights or train_once(arguments, out)
-    words = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in _SHARED]
+    shared = {name: getattr(arguments, name) for name in _SHARED} | {"data": absolute(arguments.data)}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in shared.items()]
     command = [sys.executable, "-m", trial.__name__, *words, f"--weights={weights.resolve()}"]
     config.trial_command = shlex.join(command)
     config.max_trial_number = arguments.trials
@@ -99,12 +103,21 @@ def make_config(arguments: argparse.Namespace, out: Path) -> ExperimentConfig:
 
 def train_once(arguments: argparse.Namespace, out: Path) -> Path:
     """Train the dense network that all trials start from, unless it lies in ``out`` already."""
-    path = out / f"{arguments.model}-{arguments.dense_epochs}-{arguments.seed}.safetensors"
-    if not path.exists():
-        print(f"no weights given: training {arguments.model} for {arguments.dense_epochs} epochs", flush=True)
-        model = trial.dense_network(arguments, load_data(arguments.data, seed=arguments.seed))
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
-    return path
+    data = hashlib.sha256(absolute(arguments.data).encode()).hexdigest()[:8]
+    folder = out / f"{arguments.model}-{arguments.dense_epochs}-{arguments.seed}-{data}"
+    if not folder.exists():
+        with atomic_folder(folder) as partial:
+            print(f"no weights: training {arguments.model} for {arguments.dense_epochs} epochs", flush=True)
+            model = trial.dense_network(arguments, load_data(arguments.data, seed=arguments.seed))
+            state = {name: value.contiguous() for name, value in model.state_dict().items()}
+            save_file(state, partial / _WEIGHTS)
+    return folder / _WEIGHTS
+
+
+def absolute(data: str) -> str:
+    """Write a data set's folder so that it is the same one from everywhere: trials run in another folder."""
+    name, colon, folder = data.partition(":")
+    return f"{name}:{Path(folder).expanduser().absolute()}" if colon and folder else data
 
 
 def start(experiment: Experiment, port: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -48,16 +49,27 @@ def test_nnis_own_pruner_masks_a_residual_sum_alike_with_them_and_not_without() 
 
 
 @pytest.mark.parametrize("pruner", [CriterionPruner, L1NormPruner])
-def test_layers_in_front_of_grouped_ones_lose_whole_units(pruner: type) -> None:
+def test_layers_in_front_of_grouped_ones_lose_as_many_channels_in_every_group(pruner: type) -> None:
     architecture = SMALL["mixed"]
     model = architecture.randomised()
     config = set_dependency_groups(model, [{"op_names": ["stem"], "sparse_ratio": 0.5}], architecture.inputs)
     assert config == [
         {"op_names": ["stem"], "sparse_ratio": 0.5, "dependency_group_id": "stem", "internal_metric_block": 4}
     ]
-    _, masks = pruner(model, config).compress()
+    made = pruner(model, config)
+    _, masks = made.compress()
+    made.unwrap_model()
     assert taken(masks["stem"]["weight"]) == 8
     assert torch.equal(masks["stem"]["weight"][:, 0, 0, 0].view(4, 4).sum(dim=1), torch.full((4,), 2.0))
+    lines: list[str] = []
+    speedup(model, architecture.inputs, masks, say=lines.append)
+    if pruner is CriterionPruner:  # which takes the same channels in every group
+        assert (model.stem.out_channels, lines) == (8, [])
+    else:
+        assert any(
+            " of the 4 sets of 4 channels of 'stem' are masked in part and stay" in line for line in lines
+        )
+        assert not any("set_dependency_groups" in line for line in lines)
 
 
 def test_convolutions_and_linear_layers_in_one_group_are_masked_alike() -> None:
@@ -79,6 +91,34 @@ def test_other_granularities_and_empty_entries() -> None:
     )
     with pytest.raises(CriterionError, match="matches no layer"):
         set_dependency_groups(residual(), [{"op_types": ["Conv9d"], "sparse_ratio": 0.5}], INPUTS)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"criterion": "synaptic_strength", "sparse_ratio": 0.5}, {"sparse_threshold": 0.4}]
+)
+def test_kernels_and_thresholds_get_no_ids_and_can_be_masked(settings: dict[str, Any]) -> None:
+    model = residual()
+    config = set_dependency_groups(model, [{"op_types": ["Conv2d"], **settings}], INPUTS)
+    assert config == [{"op_names": [name], **settings} for name in ("stem", "conv1", "conv2")]
+    _, masks = CriterionPruner(model, config, example_inputs=INPUTS).compress()
+    assert all(bool((masks[name]["weight"] == 0).any()) for name in ("stem", "conv1", "conv2"))
+
+
+def test_the_first_entry_of_a_layer_counts_and_the_ratios_of_a_group_must_agree() -> None:
+    kernels = {"op_names": ["conv2"], "sparse_ratio": 0.3, "criterion": "synaptic_strength"}
+    config = set_dependency_groups(residual(), [kernels, *CONVS], INPUTS)
+    assert all("dependency_group_id" not in entry for entry in config)
+    with pytest.raises(CriterionError, match=r"several ratios: conv2 0\.3, stem 0\.5; give them one"):
+        set_dependency_groups(residual(), [{"op_names": ["conv2"], "sparse_ratio": 0.3}, *CONVS], INPUTS)
+
+
+def test_old_entries_that_exclude() -> None:
+    old = [{"op_types": ["Conv2d"], "sparsity": 0.5}, {"op_names": ["conv1"], "exclude": True}]
+    config = set_dependency_groups(residual(), old, INPUTS)
+    assert [(entry["op_names"], entry["dependency_group_id"]) for entry in config] == [
+        (["stem"], "conv2"),
+        (["conv2"], "conv2"),
+    ]
 
 
 def test_tensorboard_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:

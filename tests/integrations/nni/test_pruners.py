@@ -193,6 +193,12 @@ def test_excluded_layers_and_aligned_biases() -> None:
         assert torch.equal(of_layer["bias"], (of_layer["weight"].flatten(1).sum(1) > 0).float())
 
 
+def test_old_entries_that_exclude() -> None:
+    config = [{"op_types": ["Conv2d"], "sparsity": 0.5}, {"op_names": ["conv1"], "exclude": True}]
+    _, masks = CriterionPruner(residual(), config, example_inputs=INPUTS).compress()
+    assert {layer: taken(mask["weight"]) for layer, mask in masks.items()} == {"stem": 4, "conv2": 4}
+
+
 def test_inputs_are_masked_by_the_scores_of_the_channels_they_read() -> None:
     model = residual()
     config = [{"op_names": ["conv1", "conv2"], "sparse_ratio": 0.5, "granularity": "in_channel"}]
@@ -341,6 +347,10 @@ def test_gradients_are_gathered_without_a_trace() -> None:
         ({"sparse_ratio": None, "target_settings": {"bias": {"sparse_ratio": 0.5}}}, "'bias' of 'conv1' cannot have"),
         ({"op_names": ["stem"], "granularity": "in_channel"}, "no criterion scores the inputs of 'stem'"),
         ({"op_names": ["fc"], "criterion": "dependency_aware"}, "cannot score 'fc': its channels are an output"),
+        ({"exclude": True}, "names nothing to mask"),
+        ({"sparse_ratio": None, "sparse_threshold": 0.5, "dependency_group_id": "a"}, "group 'a', which NNI masks by"),
+        ({"op_names": ["stem", "conv2"], "dependency_group_id": "a", "criterion": "synaptic_strength"},
+         r"cannot mask 'stem' and 'conv2' alike, .* of the shapes \(8, 3, 1, 1\) and \(8, 12, 1, 1\)"),
     ],
 )  # fmt: skip
 def test_bad_config_is_refused_before_anything_is_wrapped(entry: dict[str, Any], message: str) -> None:
@@ -358,8 +368,10 @@ def test_bad_config_is_refused_before_anything_is_wrapped(entry: dict[str, Any],
 
 def test_other_misuse_is_refused() -> None:
     model = residual()
-    with pytest.raises(CriterionError, match="the config list is empty"):
+    with pytest.raises(CriterionError, match="the config list names nothing to mask"):
         CriterionPruner(model, [])
+    with pytest.raises(CriterionError, match="entry 1 of the config list is not valid: Wrong key 'exclude'"):
+        CriterionPruner(model, [*CONVS, {"op_names": ["conv1"], "exclude": True}])
     with pytest.raises(
         CriterionError, match="this pruner's criterion is 'd_score', but an entry asks for 'l1'"
     ):

@@ -21,7 +21,7 @@ from dscore_plugin.integrations.nni import CriterionPruner, plan_from_masks, spe
 from dscore_plugin.integrations.torch_pruning.counting import count
 from dscore_plugin.masking import masked
 from dscore_plugin.registry import list_criteria
-from tests.architectures import IMAGE, LARGE, SMALL, Architecture, chain
+from tests.architectures import IMAGE, LARGE, SMALL, Architecture, chain, randomised
 from tests.integrations.nni.helpers import CONVS, INNER, INPUTS, residual
 
 NAMES = ("cifar_resnet56", "cifar_vgg16_bn", "resnet18", "mobilenetv2_100", "vgg11_bn", "densenet121")
@@ -69,6 +69,23 @@ def test_removal_computes_what_the_extended_masks_compute(name: str) -> None:
     assert not [line for line in lines if "not silent" in line or "some of the layers" in line]
 
 
+@pytest.mark.parametrize("name", ["residual", "group_norm", "layer_norm"])
+def test_a_layer_that_is_masked_whole_computes_the_same_before_and_after(name: str) -> None:
+    architecture = SMALL[name]
+    model = architecture.randomised()
+    x = torch.randn(2, *architecture.shape, generator=torch.Generator().manual_seed(1))
+    pruner = CriterionPruner(model, config(model, 1.0), example_inputs=architecture.inputs)
+    _, masks = pruner.compress()
+    under_mask = outputs(model, x)
+    pruner.unwrap_model()
+    lines: list[str] = []
+    speedup(model, architecture.inputs, masks, say=lines.append)
+    assert torch.isfinite(under_mask).all()
+    assert torch.equal(outputs(model, x), under_mask)
+    assert lines
+    assert all("are masked and stay, zeroed; a layer needs one at least" in line for line in lines)
+
+
 def test_nnis_own_speedup_agrees_where_it_works() -> None:
     ours, theirs = residual(), residual()
     pruner = CriterionPruner(ours, CONVS, example_inputs=INPUTS)
@@ -100,7 +117,10 @@ def test_foreign_masks_are_removed_and_what_was_not_silent_is_named() -> None:
     lines: list[str] = []
     speedup(model, INPUTS, masks, say=lines.append)
     assert len(lines) == 1
-    assert "the masked channels of 'conv1' were not silent: 'conv2' received up to" in lines[0]
+    assert (
+        "the masked channels of 'conv1' were not silent: they change what 'conv2' computes by up to"
+        in lines[0]
+    )
     assert torch.allclose(outputs(model, X), expected, atol=1e-5)
     assert not torch.allclose(under_mask, expected, atol=1e-2)
 
@@ -173,6 +193,22 @@ def test_inputs_that_nothing_reads_leave() -> None:
     speedup(model, INPUTS, masks, say=pytest.fail)
     assert model.conv1.out_channels == model.conv2.in_channels == 6
     assert torch.allclose(outputs(model, X), under_mask, atol=1e-5)
+
+
+def test_foreign_masks_of_inputs_are_silent_unless_a_norm_averages_over_them() -> None:
+    for norm, expected in ((nn.BatchNorm2d(8), []), (nn.GroupNorm(1, 8), ["'body.1' averages over them"])):
+        model = randomised(chain(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 6, 3), width=6)()).eval()
+        entry = {"op_names": ["body.3"], "sparse_ratio": 0.5, "granularity": "in_channel"}
+        pruner = L1NormPruner(model, [entry])
+        _, masks = pruner.compress()
+        under_mask = outputs(model, X)
+        pruner.unwrap_model()
+        lines: list[str] = []
+        speedup(model, INPUTS, masks, say=lines.append)
+        assert model.body[0].out_channels == 4
+        assert torch.allclose(outputs(model, X), under_mask, atol=1e-5) == (not expected)
+        assert len(lines) == len(expected)
+        assert all(part in line for part, line in zip(expected, lines, strict=True))
 
 
 def test_masks_from_a_file(tmp_path: Path) -> None:
