@@ -18,10 +18,10 @@ from dscore_plugin.groups import ChannelGroup, ScoredGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph, producers
 from dscore_plugin.integrations.torch_pruning.removal import remove_channels
 from dscore_plugin.loading import load_object
-from dscore_plugin.modes import modes_kept
+from dscore_plugin.modes import in_eval_mode, modes_kept
 from dscore_plugin.plan import ChannelRemoval, LayerRow, Plan, fingerprint
 from dscore_plugin.registry import CriterionInfo, get_criterion
-from dscore_plugin.report.numbers import latency
+from dscore_plugin.report.numbers import call_latency
 from dscore_plugin.selection.allocation import Counts, GlobalPath, Limits, Path, UniformPath, total
 from dscore_plugin.selection.budget import Measure, check_fraction, meet, meet_latency
 from dscore_plugin.selection.selector import Request
@@ -106,7 +106,7 @@ def plan_pruning(
         round_to: make the channels that remain a multiple of it.
         criterion_options: keyword arguments of the criterion's importance class.
         batches: images ``(b, c, h, w)`` and labels ``(b,)``, for criteria that need data.
-        latency_batch: images at a time, for ``target_latency``.
+        latency_batch: images at a time, for ``target_latency``: the example inputs in batches of that size.
         rerank: score what is left of a layer anew at each of these ratios, as D-Score's code does.
         seed: for criteria that draw random numbers.
 
@@ -115,7 +115,8 @@ def plan_pruning(
 
     Raises:
         CriterionError: if the criterion or an option is unknown, or data it needs are missing.
-        BudgetError: if the ratio or the budget is out of range or cannot be reached, or there are none or several.
+        BudgetError: if the ratio or the budget is out of range or cannot be reached, or there are none or several;
+            if the model does not run on ``latency_batch`` images at a time.
         ModelError: if the model cannot be traced, holds NaN, or nothing in it can be pruned.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -125,11 +126,12 @@ def plan_pruning(
     _check_choice("layers", layers, LAYERS)
     info = get_criterion(criterion)
     graph = PruningGraph(model, inputs, ignored_layers)
+    timed = _timed_inputs(graph, latency_batch) if goal == "target_latency" else ()
     scored = score_groups(graph, info, criterion_options, layers=layers, batches=batches, seed=seed)
     if rerank:
         scored = rerank_groups(graph, info, scored, rerank)
     limits = Limits(scored, min_channels, round_to)
-    search = _Search(graph, scored, limits, sensitivity, latency_batch)
+    search = _Search(graph, scored, limits, sensitivity, timed)
     counts = search.counts(allocation, goal, amount)
     made_by = {"criterion": criterion, "allocation": allocation, goal: amount, "layers": layers, "seed": seed}
     made_by |= {"min_channels": min_channels, "round_to": round_to}
@@ -181,7 +183,8 @@ def selection_request(
 
     def allot(graph: Any, scored: Sequence[ScoredGroup]) -> Counts:
         limits = Limits(scored, min_channels, round_to)
-        return _Search(graph, scored, limits, None, latency_batch).counts("uniform", goal, amount)
+        timed = _timed_inputs(graph, latency_batch) if goal == "target_latency" else ()
+        return _Search(graph, scored, limits, None, timed).counts("uniform", goal, amount)
 
     return Request(
         example_inputs, granularity, goal, amount, seed, work, progress or NoProgress(), say,
@@ -333,13 +336,13 @@ def check_goals(goals: Mapping[str, float | None], allocation: str) -> tuple[str
 
 @dataclass(frozen=True)
 class _Search:
-    """Finds how many units leave each group."""
+    """Finds how many units leave each group; ``timed`` are the arguments of the calls that are timed."""
 
     graph: PruningGraph
     scored: Sequence[ScoredGroup]
     limits: Limits
     sensitivity: Sensitivity | None
-    latency_batch: int
+    timed: tuple[Any, ...]
 
     def counts(self, allocation: str, goal: str, amount: float) -> Counts:
         """Return the units that leave each group when ``goal`` is met by an allocation of this kind."""
@@ -379,16 +382,40 @@ class _Search:
     def _latency(self, counts: Counts) -> float:
         """Measure what an allocation leaves of the latency: a pruned copy against the dense network, in turns."""
         pruned = copy.deepcopy(self.graph.model)
-        inputs, batch = self.graph.example_inputs, self.latency_batch
-        remove_channels(pruned, inputs, _removals(self.scored, counts))
+        remove_channels(pruned, self.graph.example_inputs, _removals(self.scored, counts))
         ratios = []
         for _ in range(3):
             dense, left = (
-                latency(net, tuple(inputs[0].shape[1:]), (batch,), min_run_time=0.15)[str(batch)]["median"]
+                call_latency(net, self.timed, min_run_time=0.15)["median"]
                 for net in (self.graph.model, pruned)
             )
             ratios.append(left / dense)
         return statistics.median(ratios)
+
+
+def _timed_inputs(graph: PruningGraph, images: int) -> tuple[Any, ...]:
+    """Make batches like the example inputs: random numbers where they are real, copies of the first where not."""
+    if images < 1:
+        raise BudgetError(f"latency_batch must be at least 1, got {images}")
+    size = next((len(x) for x in graph.example_inputs if isinstance(x, Tensor) and x.ndim), 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.ndim or len(x) != size:
+            return x
+        copies = x[:1].repeat(images, *[1] * (x.ndim - 1))
+        return torch.randn(copies.shape, generator=generator).to(x) if x.is_floating_point() else copies
+
+    inputs = tuple(batch(x) for x in graph.example_inputs)
+    try:
+        with in_eval_mode(graph.model), torch.no_grad():
+            graph.model(*inputs)
+    except Exception as error:
+        raise BudgetError(
+            f"{type(graph.model).__name__} does not run with latency_batch={images}: {error}; choose another, or give "
+            "another goal than target_latency"
+        ) from error
+    return inputs
 
 
 def _removals(scored: Sequence[ScoredGroup], counts: Counts) -> tuple[ChannelRemoval, ...]:

@@ -172,6 +172,21 @@ class Shared(nn.Module):
         return self.head(self.act(self.last(x)).mean((2, 3)))
 
 
+class Tied(nn.Module):
+    """Two convolutions with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.two.weight = self.one.weight
+        self.last, self.head = nn.Conv2d(8, 16, 3), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.two(torch.relu(self.one(torch.relu(self.stem(x))))))
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
 class Flattened(nn.Module):
     """A linear layer that reads every position of every channel, an activation in between."""
 
@@ -385,4 +400,5 @@ UNMAPPABLE = {
     "attention": Architecture(Attention, (5, 12), ("reduce",)),
     "unequal_positions": Architecture(unequal_positions, IMAGE, ("wide", "narrow")),
     "several_outputs": Architecture(SeveralOutputs, IMAGE, ("conv2",)),
+    "tied": Architecture(Tied, IMAGE, ("stem", "one", "two")),
 }  # fmt: skip

@@ -11,15 +11,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dscore_plugin import CriterionInfo, Plan, list_criteria, plan_pruning, prune
-from dscore_plugin.errors import BudgetError, CriterionError, ModelError
+from dscore_plugin import CriterionInfo, Plan, list_criteria, plan_pruning, planning, prune
+from dscore_plugin.errors import BudgetError, CriterionError, ModelError, PlanError
 from dscore_plugin.integrations.torch_pruning.counting import count
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.models import create_model
-from dscore_plugin.plan import fingerprint
+from dscore_plugin.plan import ChannelRemoval, fingerprint
 from dscore_plugin.planning import score_groups
 from dscore_plugin.registry import get_criterion
-from tests.architectures import IMAGE, LARGE, SMALL, Residual, SeveralOutputs, randomised
+from tests.architectures import IMAGE, LARGE, SMALL, Residual, SeveralOutputs, Tied, randomised
 
 X = torch.zeros(1, *IMAGE)
 SCORES = [
@@ -366,6 +366,68 @@ def test_networks_with_several_inputs() -> None:
     plan = plan_pruning(model, inputs, ratio=0.5)
     assert plan.input_shape == IMAGE
     assert plan.apply(model, inputs)(*inputs).shape == (1, 4)
+
+
+class Words(nn.Module):
+    """Reads words, a number beside them, and a table without a batch dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Embedding(5, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor, number: Tensor, table: Tensor, scale: float) -> Tensor:
+        return self.head(torch.relu(self.hidden(self.embed(words) * number + table)) * scale)
+
+
+WORDS = (torch.tensor([[4, 2]] * 2), torch.ones(2, 1, 1), torch.zeros(6), 2.0)
+
+
+def test_latency_is_measured_with_every_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[tuple[Any, ...]] = []
+
+    def call_latency(model: nn.Module, inputs: tuple[Any, ...], min_run_time: float) -> dict[str, float]:
+        timed.append(inputs)
+        model(*inputs)
+        return {"median": float(model.hidden.out_features)}
+
+    monkeypatch.setattr(planning, "call_latency", call_latency)
+    plan = plan_pruning(Words(), WORDS, "l1", target_latency=0.5, latency_batch=3)
+    assert units(plan) == {"hidden": 4}
+    words, number, table, scale = timed[0]
+    assert words.tolist() == [[4, 2]] * 3
+    assert (number.shape, table.shape, scale) == ((3, 1, 1), (6,), 2.0)
+    assert number.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [(0, "latency_batch must be at least 1, got 0"), (3, "does not run with latency_batch=3")],
+)
+def test_a_batch_that_cannot_be_timed_is_refused_before_scoring(
+    batch: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "score_groups", lambda *_, **__: pytest.fail("scored"))
+    model = Words()
+    model.embed.register_forward_hook(lambda _, __, output: output.view(2, 2, 6))  # two rows, whatever comes
+    with pytest.raises(BudgetError, match=message):
+        plan_pruning(model, WORDS, "l1", target_latency=0.5, latency_batch=batch)
+
+
+@pytest.mark.parametrize("goal", [{"ratio": 0.5}, {"target_params": 0.9}])
+def test_a_tied_weight_is_counted_once_and_stays_tied(goal: dict[str, float]) -> None:
+    model = Tied()
+    dense = sum(p.numel() for p in model.parameters())
+    plan = plan_pruning(model, X, "l1", **goal)
+    plan.apply(model, (X,))
+    assert model.one.weight is model.two.weight
+    assert plan.params == (dense, sum(p.numel() for p in model.parameters()))
+    assert plan.macs[1] == count(model, (X,))[0]
+
+
+def test_tied_weights_lose_nothing_to_a_plan_either() -> None:
+    model = Tied()
+    with pytest.raises(PlanError, match="'one' must not be pruned: 'one.weight' and 'two.weight' are one"):
+        Plan(fingerprint(model), IMAGE, (ChannelRemoval("one", (0,)),)).apply(model, (X,))
 
 
 def test_a_plan_from_a_frozen_network_is_the_same() -> None:

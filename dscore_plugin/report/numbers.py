@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from dscore_plugin.modes import in_eval_mode
@@ -34,8 +35,22 @@ def latency(
         For each batch size, as a string, the ``"median"`` and the interquartile range ``"iqr"`` in
         milliseconds for the whole batch.
     """
+    return {
+        str(batch): call_latency(model, (_images(model, (batch, *input_shape)),), min_run_time)
+        for batch in batch_sizes
+    }
+
+
+def call_latency(model: nn.Module, inputs: tuple[Any, ...], min_run_time: float = 0.5) -> dict[str, float]:
+    """Measure how long one call of the network takes, as :func:`latency` does, whatever its arguments are."""
+    timer = Timer(
+        "model(*inputs)", globals={"model": model, "inputs": inputs}, num_threads=torch.get_num_threads()
+    )
     with in_eval_mode(model), torch.inference_mode():
-        return {str(batch): _measure(model, (batch, *input_shape), min_run_time) for batch in batch_sizes}
+        measured = timer.adaptive_autorange(
+            _SPREAD, min_run_time=min_run_time, max_run_time=_PATIENCE * min_run_time
+        )
+    return {"median": 1e3 * measured.median, "iqr": 1e3 * measured.iqr}
 
 
 def file_sizes(folder: str | Path) -> dict[str, int]:
@@ -52,13 +67,6 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
-def _measure(model: nn.Module, shape: tuple[int, ...], min_run_time: float) -> dict[str, float]:
+def _images(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
-    timer = Timer(
-        "model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads()
-    )
-    measured = timer.adaptive_autorange(
-        _SPREAD, min_run_time=min_run_time, max_run_time=_PATIENCE * min_run_time
-    )
-    return {"median": 1e3 * measured.median, "iqr": 1e3 * measured.iqr}
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)

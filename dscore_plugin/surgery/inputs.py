@@ -21,6 +21,7 @@ from dscore_plugin.groups import ChannelGroup, Member, Role
 from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.plan import InputRemoval
 from dscore_plugin.rollback import rolled_back_on_error
+from dscore_plugin.sharing import shared_parameters
 
 Reader = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
@@ -65,7 +66,7 @@ def input_groups(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Cha
 
     Raises:
         ModelError: if the network does not run, or something else than a convolution without groups or a linear
-            layer reads a selection's output.
+            layer, with a weight of its own, reads a selection's output.
     """
     if not any(isinstance(module, ChannelSelection) for module in model.modules()):
         return ()
@@ -184,6 +185,12 @@ def _check_readers(model: nn.Module, name: str, readers: Sequence[str]) -> None:
         raise ModelError(
             f"behind the channel selection {name!r} stands {', '.join(readers) or 'no layer'}; expected convolutions "
             "without groups, or linear layers"
+        )
+    shared = shared_parameters(model)
+    tied = next((weight for reader in readers if (weight := f"{reader}.weight") in shared), None)
+    if tied is not None:
+        raise ModelError(
+            f"{tied!r} behind the channel selection {name!r} is {shared[tied]!r}, too; expected a weight of its own"
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dscore_plugin.errors import PlanError, did_you_mean
+from dscore_plugin.sharing import shared_parameters
 
 MASK = "kernel_mask"
 
@@ -104,12 +105,14 @@ def prune_kernels(model: nn.Module, keep: Mapping[str, Tensor]) -> nn.Module:
         ``model``.
 
     Raises:
-        PlanError: if a name is no convolution of torch's own, or a mask has another shape or type; the network is
-            then as it was.
+        PlanError: if a name is no convolution of torch's own, its weight is another layer's, too, or a mask has
+            another shape or type; the network is then as it was.
     """
     modules = {name: find_convolution(model, name) for name in keep}
+    shared = shared_parameters(model)
     for name, module in modules.items():
         _check_mask(name, module, keep[name])
+        _check_alone(name, shared)
     for name, module in modules.items():
         _put_mask(module, keep[name])
     return model
@@ -163,6 +166,14 @@ def _check_mask(name: str, module: nn.Module, keep: Tensor) -> None:
     if keep.dtype is not torch.bool or tuple(keep.shape) != shape:
         raise PlanError(
             f"the mask of {name!r} is {keep.dtype} of shape {tuple(keep.shape)}; expected torch.bool of shape {shape}"
+        )
+
+
+def _check_alone(name: str, shared: Mapping[str, str]) -> None:
+    other = shared.get(f"{name}.weight")
+    if other is not None:
+        raise PlanError(
+            f"the weight of {name!r} is {other!r}, too; leave {name!r} out of the plan, or give it a weight of its own"
         )
 
 

@@ -7,6 +7,7 @@ kernel is a shift. No unfolded input is written, nine times as large as the inpu
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dscore_plugin.surgery.kernel_masks import dense_class
 from dscore_plugin.surgery.native import REACH, WIDTH, has_compiler, native_product
 
 DENSE = "dense"
@@ -56,6 +58,9 @@ class Layout:
 class SparseConv2d(nn.Module):
     """A convolution whose removed kernels take no part in the computation; for inference.
 
+    Under autocast it computes in its own type. What its backend is not made for runs dense: a single image without a
+    batch, and everything after the layer has been moved to another type or device.
+
     Args:
         convolution: the layer; its zero kernels are left out.
         backend: one of :data:`BACKENDS` but ``"dense"``.
@@ -64,6 +69,7 @@ class SparseConv2d(nn.Module):
         backend: how it runs.
     """
 
+    mask: Tensor
     first: Tensor
     inputs: Tensor
     kernels: Tensor
@@ -79,20 +85,23 @@ class SparseConv2d(nn.Module):
             _pair(convolution.padding),
             _pair(convolution.dilation),
         )
+        self.groups = convolution.groups
         weight = convolution.weight.detach()
         mask = live_kernels(convolution)
         outputs, places = mask.nonzero(as_tuple=True)
         group = outputs // (len(mask) // convolution.groups)
         inputs = group * mask.shape[1] + places
         first = functional.pad(mask.sum(dim=1).cumsum(0), (1, 0))
+        self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("first", first.to(torch.int32), persistent=False)
         self.register_buffer("inputs", inputs.to(torch.int32), persistent=False)
         self.register_buffer("kernels", weight[mask].flatten(1).contiguous(), persistent=False)
         bias = None if convolution.bias is None else convolution.bias.detach().clone()
         self.register_buffer("bias", bias, persistent=False)
         self._prepare(convolution, mask)
+        self._home = self._place(self.kernels)
         self._layouts: dict[tuple[int, ...], Layout] = {}
-        self._free: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._free: dict[Layout, list[Tensor]] = {}
 
     def _prepare(self, convolution: nn.Conv2d, mask: Tensor) -> None:
         if self.backend == "gathered":
@@ -102,7 +111,16 @@ class SparseConv2d(nn.Module):
             weight = convolution.weight.detach()[outs][:, ins].contiguous()
             self.register_buffer("gathered", weight, persistent=False)
         if self.backend == "csr":
-            self.matrices = [self._matrix(tap) for tap in range(self.kernels.shape[1])]
+            self._write_matrices()
+
+    def _write_matrices(self) -> None:
+        self.matrices = [self._matrix(tap) for tap in range(self.kernels.shape[1])]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseConv2d:
+        super()._apply(fn, recurse)
+        if self.backend == "csr" and self._place(self.kernels) == self._home:
+            self._write_matrices()  # from kernels that may have lost digits on the way
+        return self
 
     def _matrix(self, tap: int) -> Tensor:
         with warnings.catch_warnings():
@@ -115,14 +133,38 @@ class SparseConv2d(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, in, H, W)`` to ``(B, out, H', W')``, contiguous, without a gradient."""
-        if self.backend == "gathered":
-            return self._gathered(x)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x.to(self.kernels.dtype))
+        if not self._is_home(x):
+            return self._dense(x)
+        return self._gathered(x) if self.backend == "gathered" else self._rowwise(x)
+
+    def _is_home(self, x: Tensor) -> bool:
+        """Whether the backend can take an input; the C code looks at no type, device or size itself."""
+        fits = x.ndim == 4 and x.shape[1] == self.in_channels and x.numel() > 0
+        is_unmoved = self._place(x) == self._place(self.kernels) == self._home
+        return fits and is_unmoved and min(self._layout(x).out) > 0
+
+    @staticmethod
+    def _place(x: Tensor) -> tuple[torch.dtype, torch.device]:
+        return x.dtype, x.device
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """Convolve as torch does; what does not fit raises torch's own errors."""
+        kernel, stride, padding, dilation = self.geometry
+        weight = self.kernels.new_zeros(*self.mask.shape, *kernel)
+        weight[self.mask] = self.kernels.view(-1, *kernel)
+        y = functional.conv2d(x, weight, self.bias, stride, padding, dilation, self.groups)
+        return y.contiguous()
+
+    def _rowwise(self, x: Tensor) -> Tensor:
         layout = self._layout(x)
         rows = self._padded(x, layout)
         columns = -(-layout.stride // WIDTH) * WIDTH
         y = x.new_empty(self.out_channels, columns)
         (self._native if self.backend == "native" else self._csr)(rows, layout, y)
-        self._free.setdefault(self._key(x, layout), []).append(rows)
+        self._free.setdefault(layout, []).append(rows)
         return self._image(y[:, : layout.stride], layout)
 
     def _gathered(self, x: Tensor) -> Tensor:
@@ -162,19 +204,16 @@ class SparseConv2d(nn.Module):
             self._layouts[key] = _layout(key, *self.geometry)
         return self._layouts[key]
 
-    @staticmethod
-    def _key(x: Tensor, layout: Layout) -> tuple[Any, ...]:
-        return (layout, x.device, x.dtype)
-
     def _padded(self, x: Tensor, layout: Layout) -> Tensor:
         """Copy the input into rows with zeros around every map; a used row is taken again, its borders still zero."""
-        free = self._free.get(self._key(x, layout))
+        free = self._free.get(layout)
         (down, right), (up, left) = self.geometry[1], self.geometry[2]
         phases = down * right
         if free:
             rows = free.pop()
         else:
-            rows = x.new_zeros(phases * layout.channels * layout.stride + max(layout.offsets) + REACH)
+            with torch.inference_mode(False):  # what is made inside that mode cannot be written outside of it
+                rows = x.new_zeros(phases * layout.channels * layout.stride + max(layout.offsets) + REACH)
         maps = rows[: phases * layout.channels * layout.stride]
         for dy in range(down):
             for dx in range(right):
@@ -203,7 +242,8 @@ def live_kernels(convolution: nn.Conv2d) -> Tensor:
 def usable_backends(convolution: nn.Conv2d) -> tuple[str, ...]:
     """Return the backends that can run a convolution, ``"dense"`` first."""
     mask = live_kernels(convolution)
-    simple = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+    simple = dense_class(convolution) is nn.Conv2d  # a subclass may do anything in its forward()
+    simple &= convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
     if not simple or bool(mask.all()) or not mask.any() or convolution.weight.dtype != torch.float32:
         return (DENSE,)
     has_dead = not (mask.any(dim=0).all() and mask.any(dim=1).all())

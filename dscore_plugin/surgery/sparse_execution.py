@@ -66,13 +66,14 @@ def compile_sparse(
 ) -> SparseExecution:
     """Choose, by measurement on this machine, how each convolution of a kernel-sparse network runs.
 
-    Every 2-d convolution with zero kernels is timed on its own input in each backend: ``dense``; ``gathered``, dense
-    over the channels that are alive; ``csr``, one product of a sparse matrix for each tap; and on a CPU with a C
-    compiler ``native``. One that is not at least 5 % faster than dense, or differs by more than 1e-4 of the largest
-    output, is not taken. If the network as a whole is not faster in the end, all of it stays dense.
+    Every ``nn.Conv2d`` with zero kernels (subclasses stay dense) is timed on its own input in each backend: ``dense``;
+    ``gathered``, dense over the channels that are alive; ``csr``, one product of a sparse matrix for each tap; and on a
+    CPU with a C compiler ``native``. One that is not at least 5 % faster than dense, or differs by more than 1e-4 of
+    the largest output, is not taken. If the network as a whole is not faster in the end, all of it stays dense.
 
     Times hold for this input size, the batch included, and the present number of threads; inputs of other sizes give
-    right results, perhaps not in the best way.
+    right results, perhaps not in the best way. Under autocast, what is not dense computes in float32; after a move to
+    another type or device it runs dense.
 
     Args:
         model: the network, left as it is; masked or with zeros in its weights.

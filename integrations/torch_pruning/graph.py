@@ -33,6 +33,7 @@ from dscore_plugin.integrations.torch_pruning.mapping import Labels
 from dscore_plugin.integrations.torch_pruning.pruners import pruner_of
 from dscore_plugin.masking import register_form
 from dscore_plugin.modes import modes_kept
+from dscore_plugin.sharing import shared_parameters
 from dscore_plugin.surgery.inputs import input_groups
 
 _NORMS = {ops.OPTYPE.BN, ops.OPTYPE.LN, ops.OPTYPE.GN, ops.OPTYPE.IN, ops.OPTYPE.PRELU, ops.OPTYPE.CUSTOMIZED}
@@ -111,7 +112,7 @@ class PruningGraph:
 
     Attributes:
         groups: every group that DepGraph finds, in the order of the network; those that cannot be pruned
-            say why in ``protected``.
+            say why in ``protected``, such as layers that share a parameter.
 
     Raises:
         ModelError: if a weight is parametrised or the network cannot be traced.
@@ -132,6 +133,7 @@ class PruningGraph:
         self._calls = {grad_fn: (name, call) for name, call, grad_fn in recorder.passing}
         self._names = {module: name for name, module in model.named_modules()}
         self._kept, self._read = adapters.protected(model)
+        self._shared = shared_parameters(model)
         self.depgroups: dict[str, Group] = {}
         self.groups = tuple(self._walk())
 
@@ -239,6 +241,11 @@ class PruningGraph:
             return kept
         if depgroup.is_output:
             return "its channels are an output of the network"
+        shared = next(
+            (name for m in group.members for name in self._parameters(m) if name in self._shared), None
+        )
+        if shared is not None:
+            return f"{shared!r} and {self._shared[shared]!r} are one parameter"
         lost = next((reason for item in depgroup if (reason := _unprunable(item.dep.target.module))), "")
         if depgroup.problem or lost:
             return depgroup.problem or lost
@@ -253,6 +260,15 @@ class PruningGraph:
         if _tied(depgroup.tie) == 0:
             return "a reshape or a concatenation ties some of its channels to one another"
         return "it has a single unit" if group.units < 2 else ""
+
+    def _parameters(self, member: Member) -> Sequence[str]:
+        """Name the parameters that a member would lose a part of."""
+        if member.role is Role.PASSING:
+            return []
+        if member.role is Role.PARAMETER:
+            return [member.module]
+        module = self.model.get_submodule(member.module)
+        return [name for name, _ in module.named_parameters(member.module, recurse=False)]
 
     def _stays(self, member: Member) -> bool:
         """Whether a rule of timm's keeps the width that a member would lose."""

@@ -172,6 +172,10 @@ def test_only_plain_layers_can_stand_behind_a_selection():
     normed = nn.Sequential(ChannelSelection(), nn.BatchNorm2d(4))
     with pytest.raises(ModelError, match="expected convolutions"):
         input_groups(normed, (torch.zeros(1, 4, 2, 2),))
+    tied = nn.Sequential(ChannelSelection(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    tied[2].weight = tied[1].weight
+    with pytest.raises(ModelError, match="'1.weight' behind the channel selection '0' is '2.weight', too"):
+        input_groups(tied, (torch.zeros(1, 4, 2, 2),))
 
 
 def test_a_linear_layer_and_several_readers_lose_the_same_inputs():

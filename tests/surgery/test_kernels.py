@@ -16,7 +16,7 @@ from dscore_plugin.masking import Masks
 from dscore_plugin.models import create_model
 from dscore_plugin.plan import KernelRemoval, Plan
 from dscore_plugin.surgery.kernels import KernelMasked, carry_out, kernel_masks, prune_kernels, remove_masks
-from tests.architectures import SMALL, chain
+from tests.architectures import SMALL, Tied, chain
 
 LAYERS = ("layer1.0.conv1", "layer2.1.conv2", "layer3.0.conv1")
 
@@ -141,6 +141,14 @@ def test_masks_that_do_not_fit_are_refused(spoil: Callable[[], dict[str, Tensor]
     with pytest.raises(PlanError, match=message):
         prune_kernels(model, masks)
     assert not kernel_masks(model)
+
+
+def test_kernels_of_a_weight_that_two_layers_share_are_refused() -> None:
+    model = Tied()
+    with pytest.raises(PlanError, match="the weight of 'two' is 'one.weight', too; leave 'two' out"):
+        prune_kernels(model, {"last": torch.rand(16, 8) < 0.5, "two": torch.eye(8) > 0})
+    assert not kernel_masks(model)
+    assert model.one.weight is model.two.weight
 
 
 def test_plans_that_do_not_fit_leave_the_network_as_it_was() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
 
 from dscore_plugin.errors import PlanError
 from dscore_plugin.models import create_model
@@ -56,6 +57,75 @@ def test_the_compiled_backend_is_offered_where_there_is_a_compiler() -> None:
     convolution.double()
     assert usable_backends(convolution) == ("dense",)
     assert usable_backends(nn.Conv2d(4, 4, 3, padding="same")) == ("dense",)
+
+
+def test_subclasses_with_a_forward_of_their_own_stay_dense() -> None:
+    model = nn.Sequential(Conv2dSame(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    model[0].weight.data[1] = 0
+    assert usable_backends(model[0]) == ("dense",)
+    assert usable_backends(prune_kernels(nn.Conv2d(4, 4, 3), {"": torch.eye(4).bool()}).eval())[1:]
+    x = torch.randn(1, 3, 9, 9)
+    compiled = compile_sparse(model, (x,), rounds=1)
+    assert not compiled.choices
+    assert torch.equal(compiled(x), model(x))
+
+
+@pytest.fixture(params=BACKENDS[1:])
+def layers(request: pytest.FixtureRequest) -> tuple[nn.Conv2d, SparseConv2d]:
+    """A convolution, and the same on one of the backends; only the first of its eight inputs are read."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(8, 6, 3, padding=1).eval().requires_grad_(False)
+    convolution.weight[1], convolution.weight[:, 3:] = 0, 0
+    if request.param not in usable_backends(convolution):
+        pytest.skip("no C compiler")
+    return convolution, SparseConv2d(convolution, request.param)
+
+
+X = torch.randn(2, 8, 9, 9)
+Layers = tuple[nn.Conv2d, SparseConv2d]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_they_compute_in_their_own_type(layers: Layers, dtype: torch.dtype) -> None:
+    dense, sparse = layers
+    with torch.autocast("cpu", torch.bfloat16):
+        y = sparse(X.to(dtype))
+    assert y.dtype is torch.float32
+    torch.testing.assert_close(y, dense(X.to(dtype).float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_in_another_type_they_run_dense(layers: Layers, dtype: torch.dtype) -> None:
+    dense, sparse = (layer.to(dtype) for layer in layers)
+    torch.testing.assert_close(sparse(X.to(dtype)), dense(X.to(dtype)))
+    torch.testing.assert_close(sparse.float()(X), dense.float()(X))
+
+
+@pytest.mark.parametrize("x", [X[0], X[:0], X.mT], ids=["one image", "no image", "strided"])
+def test_inputs_of_every_form_are_taken(layers: Layers, x: Tensor) -> None:
+    dense, sparse = layers
+    torch.testing.assert_close(sparse(x), dense(x))
+
+
+@pytest.mark.parametrize("x", [X[:, :4], X.repeat(1, 2, 1, 1), X.double(), X.flatten(2), X.unsqueeze(2)])
+def test_what_a_convolution_refuses_is_refused(layers: Layers, x: Tensor) -> None:
+    for layer in layers:
+        with pytest.raises(RuntimeError):
+            layer(x)
+
+
+def test_maps_smaller_than_the_kernel_are_refused(layers: Layers) -> None:
+    convolution = nn.Conv2d(8, 6, 5).eval()
+    convolution.weight.data[1] = 0
+    with pytest.raises(RuntimeError, match="greater than actual input size"):
+        SparseConv2d(convolution, layers[1].backend)(X[..., :4, :4])
+
+
+def test_inference_mode_leaves_nothing_behind(layers: Layers) -> None:
+    dense, sparse = layers
+    with torch.inference_mode():
+        sparse(X)
+    torch.testing.assert_close(sparse(X), dense(X))
 
 
 def test_a_machine_without_a_compiler_does_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,9 @@ from dscore_plugin.errors import CriterionError, ModelError
 from dscore_plugin.groups import Role
 from dscore_plugin.integrations.torch_pruning.counting import count
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph, producers
-from tests.architectures import IMAGE, LARGE, SMALL, UNMAPPABLE, Residual, chain
+from dscore_plugin.integrations.torch_pruning.removal import remove_channels
+from dscore_plugin.plan import ChannelRemoval
+from tests.architectures import IMAGE, LARGE, SMALL, UNMAPPABLE, Residual, Tied, chain
 
 X = (torch.zeros(1, *IMAGE),)
 
@@ -142,6 +144,52 @@ def test_parametrised_weights_are_refused() -> None:
     parametrizations.weight_norm(model.conv1)
     with pytest.raises(ModelError, match="'conv1' has a parametrised weight.*remove_parametrizations"):
         PruningGraph(model, X)
+
+
+def test_layers_that_share_a_parameter_say_so() -> None:
+    reasons = protected(PruningGraph(Tied(), X))
+    assert reasons["one"] == reasons["stem"] == "'one.weight' and 'two.weight' are one parameter"
+    model = chain(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), width=8)()
+    assert "body.0" not in protected(PruningGraph(model, X))
+    model.body[3].bias = model.body[1].bias
+    assert "'body.1.bias' and 'body.3.bias'" in protected(PruningGraph(model, X))["body.0"]
+
+
+def test_what_is_shared_and_loses_nothing_keeps_no_channel_back() -> None:
+    class Language(nn.Module):
+        """The embedding is the classifier; only the hidden layer between them is free."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.expand, self.reduce = nn.Embedding(10, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+            self.act, self.again, self.head = nn.PReLU(), nn.PReLU(), nn.Linear(8, 10)
+            self.head.weight, self.again.weight = self.embed.weight, self.act.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            return self.head(self.again(x + self.reduce(self.act(self.expand(x)))))
+
+    model, words = Language(), (torch.zeros(2, 5, dtype=torch.int64),)
+    graph = PruningGraph(model, words)
+    assert [group.name for group in graph.prunable] == ["expand"]
+    left = graph.costs.cost({"expand": 4})
+    remove_channels(model, words, [ChannelRemoval("expand", (0, 1, 2, 3))])
+    assert count(model, words) == (round(left.macs), round(left.params))
+    assert model.head.weight is model.embed.weight
+
+
+def test_a_bare_parameter_with_two_names_is_shared() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+            self.scale = self.same = nn.Parameter(torch.ones(8, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.conv2(self.conv1(x) * self.scale) * self.same)
+
+    reasons = protected(PruningGraph(Scaled(), X))
+    assert reasons["conv2"] == "'scale' and 'same' are one parameter"
 
 
 def test_scores_are_averaged_over_the_channels_of_a_unit() -> None:
