@@ -61,11 +61,13 @@ def export_folder(
 
     Raises:
         ArtifactError: if the artifact cannot be loaded, does not say what its inputs look like, or ``out`` exists.
-        ModelError: as :func:`export_model`.
+        ModelError: if ``batch`` is below 1, or as :func:`export_model`.
     """
     from dscore_plugin.artifact import load_pruned, read_structure
 
     _check_form(form)
+    if batch < 1:
+        raise ModelError(f"batch is {batch}; expected at least 1 image")
     shape = read_structure(folder)["input_shape"]
     if shape is None:
         raise ArtifactError(
@@ -97,12 +99,14 @@ def export_model(
 
     Raises:
         ArtifactError: if ``out`` exists and ``force`` is not given, or cannot be written.
-        ModelError: if the form is unknown, a package is missing, or the network cannot be exported or gives other
-            outputs afterwards.
+        ModelError: if the form is unknown, a package is missing, an input is empty, or the network cannot be exported
+            or gives other outputs afterwards.
     """
     _check_form(form)
     out = Path(out)
     _check_writable(out, force)
+    if not all(x.numel() for x in example_inputs):
+        raise ModelError("an example input is empty; expected at least 1 image")
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(torch.randn(x.shape, generator=generator).to(x) for x in example_inputs)
     partial = out.with_name(f".partial-{out.stem}{FORMS[form]}")  # torch.export warns of other endings
@@ -185,8 +189,9 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
     errors = [
         float((one.cpu() - other.cpu()).abs().max() / other.abs().max().cpu().clamp(min=1e-12))
         for one, other in zip(found, expected, strict=True)
+        if other.numel()
     ]
-    return max(errors, default=0.0)
+    return float(torch.tensor([0.0, *errors]).max())  # NaN, too, which max() loses
 
 
 def _leaves(output: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,11 +57,14 @@ def ensure_writable(path: str | Path, force: bool = False) -> None:
             that would hold it cannot be written.
     """
     path = Path(path).absolute()
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ArtifactError(f"{path} exists and is not a plain folder; choose another output folder")
-    if path.exists():
-        _ensure_replaceable(path, force)
-    parent = next(folder for folder in path.parents if folder.exists())
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise ArtifactError(f"{path} exists and is not a plain folder; choose another output folder")
+        if path.exists():
+            _ensure_replaceable(path, force)
+        parent = next(folder for folder in path.parents if folder.exists())
+    except OSError as error:  # a name that is too long, a folder that must not be looked into
+        raise ArtifactError(f"{path} cannot be written: {error.strerror}; choose another folder") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ArtifactError(f"cannot write below {parent}; choose an output folder that can be written")
 
@@ -126,12 +129,13 @@ def write_text(path: str | Path, text: str) -> None:
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it was moved, or never made
+            partial.unlink()
 
 
 def _sibling(path: Path, ending: str) -> Path:
-    """A hidden name beside ``path`` that nothing has yet."""
-    return path.parent / f".{path.name}.{secrets.token_hex(6)}.{ending}"
+    """A hidden name beside ``path`` that nothing has yet; not so long that no file system takes it."""
+    return path.parent / f".{path.name[:50]}.{secrets.token_hex(6)}.{ending}"
 
 
 def _make_folder(path: Path) -> None:

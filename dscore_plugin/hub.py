@@ -7,6 +7,7 @@ the numbers.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -17,8 +18,9 @@ import torch
 from torch import nn
 
 from dscore_plugin.artifact import METRICS, STRUCTURE, WEIGHTS, load_pruned, read_structure
+from dscore_plugin.artifact.saving import file_in
 from dscore_plugin.errors import ArtifactError, ModelError
-from dscore_plugin.files import atomic_folder, read_json, write_json, write_text
+from dscore_plugin.files import atomic_folder, ensure_writable, read_json, write_json, write_text
 
 CONFIG, CARD = "config.json", "README.md"
 _FILES = (WEIGHTS, STRUCTURE, METRICS, CONFIG)
@@ -49,11 +51,11 @@ def create_model(
         ArtifactError: if it holds no pruned model, or a damaged one.
     """
     kind, _, rest = (
-        str(source).rpartition(":")
+        str(source).partition(":")
         if re.match(r"(local-dir|hf-hub|hf_hub):", str(source))
         else ("", "", source)
     )
-    if kind == "local-dir" or (not kind and Path(source).is_dir()):
+    if kind == "local-dir" or (not kind and os.path.isdir(source)):
         return load_pruned(Path(rest), device=device)
     if not _REPOSITORY.fullmatch(str(rest)):
         raise ModelError(
@@ -88,11 +90,16 @@ def save_for_hub(
         raise ArtifactError(
             f"{folder} holds a custom model, which nobody could build; only timm's can be shared"
         )
-    metrics = read_json(folder / METRICS) if (folder / METRICS).exists() else {}
+    ensure_writable(out, force)
+    load_pruned(folder)  # what does not load is of no use to anybody
+    files = [file_in(folder, name) for name in (WEIGHTS, STRUCTURE)]
+    metrics = {}
+    if os.path.lexists(folder / METRICS):
+        files.append(file_in(folder, METRICS))
+        metrics = read_json(folder / METRICS)
     with atomic_folder(out, force) as partial:
-        for file in (WEIGHTS, STRUCTURE, METRICS):
-            if (folder / file).exists():
-                shutil.copyfile(folder / file, partial / file)
+        for file in files:
+            shutil.copyfile(file, partial / file.name)
         write_json(partial / CONFIG, _config(structure))
         write_text(partial / CARD, model_card(structure, metrics, name or structure["architecture"]))
     return out

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dscore_plugin.artifact import load_pruned, read_structure
-from dscore_plugin.errors import ArtifactError
-from dscore_plugin.surgery.kernels import compile_sparse, kernel_masks
+from dscore_plugin.errors import ArtifactError, ModelError
+from dscore_plugin.surgery.kernels import compile_sparse
 
 
 def load_for_inference(
@@ -37,14 +37,19 @@ def load_for_inference(
 
     Raises:
         ArtifactError: if the artifact cannot be loaded, or has lost kernels and does not say what its inputs look like.
+        ModelError: if ``batch_size`` is below 1.
     """
-    pruned = load_pruned(folder, model, device=device)
-    if not kernel_masks(pruned):
-        return pruned
-    shape = read_structure(folder)["input_shape"]
-    if shape is None:
+    if batch_size < 1:
+        raise ModelError(f"batch_size is {batch_size}; expected at least 1 image")
+    structure = read_structure(folder)
+    shape = structure["input_shape"]
+    has_lost_kernels = any(entry["type"] == "kernels" for entry in structure["surgery"])
+    if has_lost_kernels and shape is None:
         raise ArtifactError(
             f"{folder} does not say what its inputs look like; save it with input_shape=(C, H, W), or call "
             "compile_sparse(load_pruned(folder), example_inputs)"
         )
+    pruned = load_pruned(folder, model, device=device)
+    if not has_lost_kernels:
+        return pruned
     return compile_sparse(pruned, (torch.randn(batch_size, *shape, device=device),), **options)

@@ -11,7 +11,7 @@ from torch import nn
 
 from dscore_plugin.errors import ModelError
 
-_TABLES = ("_parameters", "_buffers", "_modules")
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 @contextmanager
@@ -53,4 +53,4 @@ def check_runs(model: nn.Module, example_inputs: tuple[Any, ...], removed: str, 
 
 
 def _snapshot(module: nn.Module) -> dict[str, Any]:
-    return {key: dict(value) if key in _TABLES else value for key, value in module.__dict__.items()}
+    return {key: value.copy() if key in _TABLES else value for key, value in module.__dict__.items()}

@@ -67,6 +67,22 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
+def test_nan_in_any_output_is_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, 2 * x
+
+    def spoilt(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> list[Tensor]:
+        path.write_bytes(b"wrong")
+        first, second = model(*inputs)
+        return [first, second * torch.nan]
+
+    monkeypatch.setattr(export, "_through_export", spoilt)
+    with pytest.raises(ModelError, match="differs by nan"):
+        export_model(Two(), X, tmp_path / "net.pt2", form="torch-export")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
     class Branching(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -87,6 +103,10 @@ def test_bad_input_is_refused_before_any_work(
         export_folder(folder, folder / "model.safetensors", form="torch-export")
     with pytest.raises(ArtifactError, match="there is no folder"):
         export_folder(folder, tmp_path / "none" / "x.pt2", form="torch-export")
+    with pytest.raises(ModelError, match="batch is 0; expected at least 1 image"):
+        export_folder(folder, form="torch-export", batch=0)
+    with pytest.raises(ModelError, match="an example input is empty"):
+        export_model(nn.ReLU(), (torch.zeros(0, 3),), tmp_path / "x.pt2", form="torch-export")
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(
         ModelError, match=r"needs onnx, onnxscript, onnxruntime; pip install 'dscore-plugin\[onnx\]'"

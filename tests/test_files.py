@@ -155,6 +155,13 @@ def test_files_and_links_are_no_output_folder(tmp_path: Path) -> None:
         ensure_writable(tmp_path / "file" / "one")
 
 
+def test_names_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / ("ä" * 127)) as partial:
+        write_text(partial / ("a" * 255), "text")
+    with pytest.raises(ArtifactError, match="File name too long; choose another folder"):
+        ensure_writable(tmp_path / ("a" * 256))
+
+
 def test_ensure_writable_makes_nothing(tmp_path: Path) -> None:
     ensure_writable(tmp_path / "a" / "b")
     assert names(tmp_path) == set()
@@ -221,8 +228,10 @@ def test_text_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_text_below_a_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="cannot write"):
-        write_text(tmp_path / "no" / "file", "text")
+    (tmp_path / "plain").write_text("mine")
+    for folder in ("no", "plain"):
+        with pytest.raises(ArtifactError, match="cannot write"):
+            write_text(tmp_path / folder / "file", "text")
 
 
 def test_json_is_utf8_whatever_the_locale(tmp_path: Path) -> None:

@@ -82,6 +82,11 @@ def test_a_folder_is_loaded_by_its_path(folder: Path, monkeypatch: pytest.Monkey
     assert same(create_model("model"), expected)
 
 
+def test_the_path_of_a_folder_may_hold_a_colon(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "a:b")
+    assert same(create_model(f"local-dir:{tmp_path / 'a:b'}"), create_model(tmp_path / "a:b"))
+
+
 def test_what_is_pushed_can_be_had_again(folder: Path, hub: Hub) -> None:
     assert (
         push_to_hub(folder, "someone/small-resnet", private=True)
@@ -115,6 +120,8 @@ def test_a_repository_follows_the_conventions(folder: Path, tmp_path: Path) -> N
 def test_addresses_that_lead_nowhere(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="'resnet18' is neither a folder nor a repository"):
         create_model("resnet18")
+    with pytest.raises(ModelError, match="is neither a folder nor a repository"):
+        create_model("x" * 300)
     with pytest.raises(ModelError, match="'someone/none' cannot be downloaded from the Hub: 404"):
         create_model("someone/none")
     with pytest.raises(ArtifactError, match="there is no artifact at"):
@@ -126,6 +133,27 @@ def test_addresses_that_lead_nowhere(hub: Hub, tmp_path: Path) -> None:
         create_model("someone/dense")
     with pytest.raises(ModelError, match="'small' is no repository; expected 'owner/name'"):
         push_to_hub(tmp_path, "small")
+
+
+def test_a_damaged_artifact_is_not_laid_out(folder: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(folder, tmp_path / "model"))
+    (damaged / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="model.safetensors is missing"):
+        save_for_hub(damaged, tmp_path / "out")
+    (damaged / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ArtifactError, match="truncated or no safetensors file"):
+        save_for_hub(damaged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "metrics.json"])
+def test_links_out_of_an_artifact_are_not_followed(folder: Path, tmp_path: Path, name: str) -> None:
+    linked = Path(shutil.copytree(folder, tmp_path / "model"))
+    shutil.move(linked / name, tmp_path / name)
+    (linked / name).symlink_to(tmp_path / name)
+    with pytest.raises(ArtifactError, match=f"{name} is a link that leaves the folder"):
+        save_for_hub(linked, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_custom_model_cannot_be_shared(tmp_path: Path) -> None:

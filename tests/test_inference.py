@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dscore_plugin import load_for_inference, load_pruned, prune, save_pruned
-from dscore_plugin.errors import ArtifactError
+from dscore_plugin.errors import ArtifactError, ModelError
 from dscore_plugin.models import create_model
-from dscore_plugin.surgery.kernels import prune_kernels
+from dscore_plugin.surgery.kernels import kernel_masks, prune_kernels
 from dscore_plugin.surgery.sparse_execution import SparseExecution
 from tests.architectures import randomised
 
@@ -46,5 +46,9 @@ def test_others_are_loaded_as_they_are(tmp_path: Path) -> None:
 
 def test_kernels_without_an_input_shape_cannot_be_timed(tmp_path: Path) -> None:
     save_pruned(sparse_network(), tmp_path / "model")
+    dense = create_model("cifar_resnet20")
     with pytest.raises(ArtifactError, match=r"save it with input_shape=\(C, H, W\)"):
-        load_for_inference(tmp_path / "model")
+        load_for_inference(tmp_path / "model", model=dense)
+    with pytest.raises(ModelError, match="batch_size is 0; expected at least 1 image"):
+        load_for_inference(tmp_path / "model", model=dense, batch_size=0)
+    assert not kernel_masks(dense)

@@ -7,6 +7,7 @@ import platform
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dscore_plugin.artifact.structure import (
     REFUSED_ARGUMENTS,
     check_arguments,
     is_attribute,
+    short,
 )
 from dscore_plugin.artifact.surgery import Surgery, remove_layers, without_masks
 from dscore_plugin.errors import ArtifactError
@@ -26,6 +28,8 @@ from dscore_plugin.surgery.kernel_masks import dense_class
 
 # What may differ from the dense architecture without a trace in the outputs of eval mode.
 _TRAINING_ONLY = re.compile(r"training|p|momentum|inplace|grad_checkpointing|.*drop.*")
+_OPAQUE = object()  # stands for tensors, caches and whatever else cannot be compared
+_CODE = (CodeType, BuiltinFunctionType)
 
 
 def read_state(model: nn.Module) -> dict[str, Tensor]:
@@ -111,9 +115,7 @@ def describe_modules(
 
 
 def _widths(module: nn.Module) -> dict[str, Any]:
-    """All attributes of a module with parameters that pruning may change."""
-    if next(module.parameters(), None) is None:
-        return {}
+    """All attributes of a module that pruning may change."""
     found = {key: plain_value(value) for key, value in vars(module).items() if key in ATTRIBUTES}
     return {key: value for key, value in found.items() if is_attribute(key, value)}
 
@@ -137,24 +139,52 @@ def _differences(name: str, module: nn.Module, twin: nn.Module) -> dict[str, Any
         if _is_inert(module) and _is_inert(twin):
             return {}
         raise _lost(name, f"is a {type(module).__name__}, in the dense one a {type(twin).__name__}")
-    if _forward(module) is not _forward(twin):
-        raise _lost(name, "has a replaced forward()")
+    if _number_of_hooks(module) != _number_of_hooks(twin):
+        raise ArtifactError(
+            f"module {name!r} has forward hooks, which no file can hold; remove them, then save"
+        )
     changed = {}
-    for key, value in vars(twin).items():
-        before, now = plain_value(value), plain_value(vars(module).get(key))
-        if key.startswith("_") or before is None or now == before:
+    for key in _keys(module, twin):
+        before, now = _content(twin, key), _content(module, key)
+        if now == before or before is _OPAQUE or (before is None and now is _OPAQUE):
             continue
-        if key in ATTRIBUTES and now is not None:
+        if isinstance(before, _CODE):
+            raise _lost(name, f"has a replaced {key}()")
+        if key in ATTRIBUTES and before is not None and is_attribute(key, now):
             changed[key] = now
         elif not _TRAINING_ONLY.fullmatch(key):
-            raise _lost(name, f"has {key} = {vars(module).get(key)!r}, in the dense one {value!r}")
+            ours, theirs = short(_attribute(module, key)), short(_attribute(twin, key))
+            raise _lost(name, f"has {key} = {ours}, in the dense one {theirs}")
     return changed
 
 
-def _forward(module: nn.Module) -> Any:
-    """The function that runs the module, be it its class's or one put in its place; masks of kernels do not count."""
-    own = "forward" in vars(module)
-    return getattr(module.forward, "__func__", module.forward) if own else dense_class(module).forward
+def _number_of_hooks(module: nn.Module) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+
+
+def _keys(module: nn.Module, twin: nn.Module) -> list[str]:
+    """The attributes of the dense module, and what of its class the module overrides."""
+    public = {key for key in vars(twin) if not key.startswith("_")}
+    kind = dense_class(module)
+    overridden = {key for key in vars(module) if hasattr(kind, key) and not hasattr(nn.Module, key)}
+    return sorted(public | overridden | {"forward"})
+
+
+def _attribute(module: nn.Module, key: str) -> Any:
+    """An attribute of a module, be it its own or its class's; masks of kernels do not count."""
+    return vars(module).get(key, getattr(dense_class(module), key, None))
+
+
+def _content(module: nn.Module, key: str) -> Any:
+    """What can be compared of an attribute: a plain value, None, the code of a function; else _OPAQUE."""
+    value = _attribute(module, key)
+    value = getattr(value, "__func__", value)
+    if value is None or isinstance(value, BuiltinFunctionType):
+        return value
+    if isinstance(value, FunctionType):
+        return value.__code__
+    plain = plain_value(value)
+    return _OPAQUE if plain is None else plain
 
 
 def _lost(name: str, difference: str) -> ArtifactError:
@@ -174,14 +204,15 @@ def describe_buffers(
 ) -> dict[str, dict[str, Any]]:
     """The buffers that are not in the state dict: how they look, and whether they have to be stored.
 
-    The builder makes them again, unless pruning has changed their shape, or nobody knows the builder.
+    The builder makes them again, unless pruning has changed their shape, or nobody knows the builder. Those that only
+    forward() makes are left to it, unless nobody knows the builder.
     """
     dense_buffers = None if dense is None else dict(dense.named_buffers(remove_duplicate=False))
     described = {}
     buffers = without_masks(model, dict(model.named_buffers(remove_duplicate=False)))
     for name, buffer in buffers.items():
         if name in state or (dense_buffers is not None and name not in dense_buffers):
-            continue  # one that the builder does not make is a cache that forward() fills
+            continue
         stored = dense_buffers is None or dense_buffers[name].shape != buffer.shape
         described[name] = {
             "shape": list(buffer.shape),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral, Real
@@ -11,9 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
-from dscore_plugin.artifact.structure import FACTORS, STRUCTURE, WEIGHTS, first_line, short
+from dscore_plugin.artifact.structure import CUSTOM, FACTORS, STRUCTURE, WEIGHTS, first_line, short
 from dscore_plugin.errors import ArtifactError, did_you_mean
+
+_FACTORIES = frozenset(
+    {torch.arange, torch.empty, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn, torch.zeros}
+)
 
 
 class Stored(NamedTuple):
@@ -23,8 +29,36 @@ class Stored(NamedTuple):
     dtype: str
 
 
-def build_dense(architecture: str, model_args: dict[str, Any], device: str = "meta") -> nn.Module:
-    """Build the dense architecture, by default without memory for its weights, leaving the seeds alone."""
+class _Bounded(TorchFunctionMode):
+    """Stops a builder whose network is more than a thousand times as large as the pruned one."""
+
+    def __init__(self, pruned: float) -> None:
+        super().__init__()
+        self.left = 1000 * pruned
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in _FACTORIES:
+            self.left -= made.numel()
+            if self.left < 0:
+                raise ArtifactError(
+                    "it is more than a thousand times as large as the pruned network; "
+                    "build it yourself and call load_pruned(folder, model=dense)"
+                )
+        return made
+
+
+def build_dense(
+    architecture: str, model_args: dict[str, Any], pruned: float = math.inf, device: str = "meta"
+) -> nn.Module:
+    """Build the dense architecture, by default without memory for its weights, leaving the seeds alone.
+
+    Args:
+        architecture: name in timm's registry.
+        model_args: arguments of its builder.
+        pruned: how many numbers the pruned network holds; a dense one a thousand times as large is refused.
+        device: where to build; builders that cannot compute on meta are run on the CPU.
+    """
     import timm
 
     from dscore_plugin.models import create_model  # registers the networks of this package, too
@@ -36,11 +70,12 @@ def build_dense(architecture: str, model_args: dict[str, Any], device: str = "me
             "import the module that registers it, or give the dense model: load_pruned(folder, model=dense)"
         )
     try:
-        with torch.random.fork_rng(devices=[]), torch.device(device):
+        with torch.random.fork_rng(devices=[]), torch.device(device), _Bounded(pruned):
             return create_model(architecture, **model_args)
     except Exception as error:  # whatever a builder makes of arguments from a file
-        if device == "meta":  # some builders compute with tensors, which meta cannot
-            return build_dense(architecture, model_args, "cpu")
+        too_large = isinstance(error, ArtifactError)
+        if device == "meta" and not too_large:  # some builders compute with tensors, which meta cannot
+            return build_dense(architecture, model_args, pruned, "cpu")
         raise ArtifactError(
             f"{architecture!r} cannot be built with {short(model_args)}: {first_line(error)}"
         ) from error
@@ -60,7 +95,8 @@ def check_fit(model: nn.Module, structure: dict[str, Any], stored: Mapping[str, 
     kept = {name for name, entry in structure["buffers"].items() if entry["stored"]}
     check_names(state.keys() | kept, stored.keys(), f"{structure['architecture']!r}")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in [*(set(structure["frozen"]) - parameters), *(structure["buffers"].keys() - buffers.keys())]:
+    caches = {name for name in structure["buffers"] if _may_be_cache(name, structure, modules)}
+    for name in [*(set(structure["frozen"]) - parameters), *(structure["buffers"].keys() - buffers - caches)]:
         raise ArtifactError(f"{name!r} of {STRUCTURE} is not in the dense model")
     for name, entry in structure["modules"].items():
         _check_module(name, entry, modules.get(name))
@@ -68,6 +104,17 @@ def check_fit(model: nn.Module, structure: dict[str, Any], stored: Mapping[str, 
         if name in stored:
             _check_tensor(name, stored[name], tensor, structure)
     check_layers(model, structure["modules"], {name: found.shape for name, found in stored.items()})
+
+
+def _may_be_cache(name: str, structure: dict[str, Any], modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a buffer may be one that a custom model's forward() makes: stored, with a place that is free."""
+    if structure["architecture"] != CUSTOM or not structure["buffers"][name]["stored"]:
+        return False
+    module_name, leaf = split_name(name)
+    module = modules.get(module_name)
+    if module is None or not leaf.isidentifier():
+        return False
+    return leaf in module._buffers or not hasattr(module, leaf)
 
 
 def check_names(expected: Iterable[str], found: Iterable[str], what: str) -> None:
@@ -177,15 +224,15 @@ def fill(model: nn.Module, structure: dict[str, Any], tensors: Mapping[str, Tens
     tied, frozen = structure["tied"], set(structure["frozen"])
     state = {name: tensors[tied.get(name, name)] for name in model.state_dict()}
     try:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in frozen)
         model.load_state_dict(state, strict=True, assign=True)
+        names = model.state_dict(keep_vars=True)
+        for name, kept in tied.items():
+            if isinstance(names.get(name), nn.Parameter) and isinstance(names.get(kept), nn.Parameter):
+                _put(model, name, names[kept])  # buffers are one already
+        for name, parameter in model.named_parameters():  # the new ones; a rollback brings the old ones back
+            parameter.requires_grad_(name not in frozen)
     except RuntimeError as error:
         raise ArtifactError(f"{WEIGHTS} does not fit: {' '.join(str(error).split())}") from error
-    names = model.state_dict(keep_vars=True)
-    for name, kept in tied.items():
-        if name in names and kept in names:
-            _put(model, name, names[kept])
 
 
 def rebuild_buffers(model: nn.Module, structure: dict[str, Any]) -> None:
@@ -201,7 +248,7 @@ def rebuild_buffers(model: nn.Module, structure: dict[str, Any]) -> None:
             initialise()
     left = list(_meta_tensors(model))
     if left:
-        built = build_dense(structure["architecture"], structure["model_args"], "cpu")
+        built = build_dense(structure["architecture"], structure["model_args"], device="cpu")
         for name in left:
             _put(model, name, _get(built, name))
 
@@ -214,17 +261,25 @@ def _meta_tensors(model: nn.Module) -> Iterator[str]:
                 yield f"{prefix}.{leaf}" if prefix else leaf
 
 
-def finish_buffers(
-    model: nn.Module, entries: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor]
-) -> None:
-    """Put the stored buffers in place, give all their dtypes, and check their shapes."""
-    for name, entry in entries.items():
-        buffer = tensors[name] if entry["stored"] else model.get_buffer(name)
+def finish_buffers(model: nn.Module, structure: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Put the stored buffers in place, those that only forward() makes, too; check shapes, restore dtypes."""
+    tied = structure["tied"]
+    for name, entry in structure["buffers"].items():
+        buffer = tensors[tied.get(name, name)] if entry["stored"] else model.get_buffer(name)
         if list(buffer.shape) != entry["shape"]:
             raise ArtifactError(
                 f"buffer {name!r} is rebuilt with shape {list(buffer.shape)}; expected {entry['shape']}"
             )
-        _put(model, name, buffer.to(getattr(torch, entry["dtype"])))
+        try:
+            buffer = buffer.to(getattr(torch, entry["dtype"]))
+        except RuntimeError as error:  # torch has dtypes that nothing can be turned into
+            told = f"buffer {name!r} cannot become {entry['dtype']}: {first_line(error)}"
+            raise ArtifactError(told) from error
+        module_name, leaf = split_name(name)
+        module = model.get_submodule(module_name)
+        if leaf not in module._buffers:
+            module.register_buffer(leaf, None, persistent=False)
+        setattr(module, leaf, buffer)
 
 
 def all_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

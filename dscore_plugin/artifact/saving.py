@@ -7,6 +7,8 @@ its weights, narrows its layers as the JSON says, checks every shape and assigns
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +81,8 @@ def save_pruned(
     """Save a pruned model as a folder that :func:`load_pruned` turns into the same model again.
 
     The model is not modified. The folder appears complete or not at all. Removed layers and kernels need no storage.
+    What matters in training alone is not stored: dropout rates and the momenta of batch norms come back as the dense
+    architecture (``model_args``) has them.
 
     Args:
         model: the pruned model, on any device, in any memory format.
@@ -102,7 +106,8 @@ def save_pruned(
 
     Raises:
         ArtifactError: if the folder exists and ``force`` is not given, or if the model could not be loaded
-            again: it differs from its dense architecture in more than widths, or a layer contradicts itself.
+            again: it differs from its dense architecture in more than widths (other settings, replaced functions,
+            forward hooks), or a layer contradicts itself.
     """
     folder = Path(folder)
     ensure_writable(folder, force)
@@ -152,15 +157,17 @@ def load_pruned(
         device: where the model shall live.
 
     Returns:
-        The pruned model in eval mode, with the saved dtypes, parameters as trainable as they were saved.
+        The pruned model in eval mode, with the saved dtypes, parameters as trainable as they were saved. Dropout
+        rates and the momenta of batch norms are those of the dense model.
 
     Raises:
         ArtifactError: if a file is missing, truncated, tampered with, reached through a link that leaves the
-            folder, or of an unknown format version; if the artifact does not fit the dense model.
+            folder, or of an unknown format version; if the artifact does not fit the dense model, or the dense
+            model that it names is more than a thousand times as large.
     """
     folder = Path(folder)
     structure = read_structure(folder)
-    weights = _file_in(folder, WEIGHTS)
+    weights = file_in(folder, WEIGHTS)
     if model is None and structure["architecture"] == CUSTOM:
         raise ArtifactError(
             f"{folder} holds a custom model; build the dense one and call load_pruned(folder, model=dense)"
@@ -168,8 +175,11 @@ def load_pruned(
     surgery = structure["surgery"]
     stored = expanded_shapes(surgery, _read_header(weights))
     check_ties(structure["tied"], stored)
+    size = sum(math.prod(found.shape) for found in stored.values())
     stored |= {name: stored[kept] for name, kept in structure["tied"].items()}
-    pruned = model if model is not None else build_dense(structure["architecture"], structure["model_args"])
+    pruned = model
+    if pruned is None:
+        pruned = build_dense(structure["architecture"], structure["model_args"], size)
     with rolled_back_on_error(pruned):
         remove_layers(pruned, surgery)
         check_maskable(pruned, surgery)
@@ -179,7 +189,7 @@ def load_pruned(
         fill(pruned, structure, tensors)
         if model is None:
             rebuild_buffers(pruned, structure)
-        finish_buffers(pruned, structure["buffers"], tensors)
+        finish_buffers(pruned, structure, tensors)
         prune_kernels(pruned, masks)
     return pruned.to(device).eval()
 
@@ -197,7 +207,7 @@ def read_structure(folder: str | Path) -> dict[str, Any]:
         ArtifactError: if it is missing, reached through a link that leaves the folder, no valid JSON, of an
             unknown format version, or has a field that is missing, unknown or out of range.
     """
-    path = _file_in(Path(folder), STRUCTURE)
+    path = file_in(Path(folder), STRUCTURE)
     structure = read_json(path)
     if isinstance(structure, dict):
         structure.setdefault("surgery", [])  # of artifacts from before layers and kernels could leave
@@ -236,9 +246,9 @@ def _report(
     return report_markdown(structure, metrics, sizes=file_sizes(folder))
 
 
-def _file_in(folder: Path, name: str) -> Path:
-    """The real path of a file in the artifact, if it is there and no link leads out of the folder."""
-    if not folder.is_dir():
+def file_in(folder: Path, name: str) -> Path:
+    """The path of a file in the artifact, if it is there and no link leads out of the folder."""
+    if not os.path.isdir(folder):
         raise ArtifactError(f"there is no artifact at {folder}; expected a folder that save_pruned() wrote")
     path = folder / name
     if not path.is_file():

@@ -54,6 +54,17 @@ def test_layers_channels_and_kernels_come_back(name: str, custom: bool, tmp_path
     ).read_bytes()
 
 
+def test_zeros_in_place_of_dense_layers_keep_their_width(tmp_path: Path) -> None:
+    model = randomised(create_model("cifar_densenet40")).eval()
+    plan_pruning(model, torch.zeros(1, *IMAGE), "l1", ratio=0.5).apply(model)
+    remove_branches(model, [find_branches(model)[1].name])
+    save_pruned(model, tmp_path / "a", architecture="custom")
+    loaded = load_pruned(tmp_path / "a", create_model("cifar_densenet40"))
+    x = torch.randn(2, *IMAGE)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+
+
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_vgg16_bn"])
 def test_the_file_follows_the_sparsity(name: str, tmp_path: Path) -> None:
     model = create_model(name).eval()
