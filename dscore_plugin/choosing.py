@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,12 @@ from dscore_plugin.planning import GOALS, plan_pruning, rerank_groups, score_gro
 from dscore_plugin.registry import get_criterion
 from dscore_plugin.runs import Say
 from dscore_plugin.selection.kernels import plan_kernels
-from dscore_plugin.selection.sensitivity import Sensitivity, sensitivity_analysis
+from dscore_plugin.selection.sensitivity import Protocol, Sensitivity, sensitivity_analysis
 from dscore_plugin.training.progress import NoProgress, Progress
+
+_TEST_IMAGES = (
+    "paper protocol: the ratios are measured on the TEST images, so they know them; do not compare the result"
+)
 
 
 def choose(
@@ -56,7 +59,9 @@ def choose(
         return plan_kernels(model, (example_of(source, data),), scores, ratio=amount, made_by=made_by)
     options = {name: getattr(choice, name) for name in (*GOALS, "criterion", "ratio", "allocation")} | limits
     if choice.allocation == "sensitivity":
-        options["sensitivity"] = sensitivity_table(source, choice, model, data, work, progress=progress)
+        options["sensitivity"] = sensitivity_table(
+            source, choice, model, data, work, progress=progress, say=say
+        )
     if choice.analysis.rerank:
         options["rerank"] = choice.analysis.ratios
     return plan_pruning(
@@ -70,12 +75,23 @@ def choose(
 
 
 def sensitivity_table(
-    source: Source, choice: Choice, model: nn.Module, data: ImageData, work: Path | None, **shown: Any
+    source: Source,
+    choice: Choice,
+    model: nn.Module,
+    data: ImageData,
+    work: Path | None,
+    *,
+    progress: Progress | None = None,
+    say: Say = lambda _: None,
 ) -> Sensitivity:
     """Read the sensitivity table that a choice names, or measure it; ``work`` takes the cells measured so far."""
-    if choice.table is not None:
-        return Sensitivity.load(choice.table)
+    table = None if choice.table is None else Sensitivity.load(choice.table)
     analysis, info = choice.analysis, get_criterion(choice.criterion)
+    protocol: Protocol = "test" if analysis.paper_protocol else "validation"
+    if (table.protocol if table else protocol) == "test":
+        say(_TEST_IMAGES)
+    if table:
+        return table
     graph = PruningGraph(model, (example_of(source, data),))
     batches = _calibration(source, choice, data)
     scored = score_groups(
@@ -91,10 +107,10 @@ def sensitivity_table(
         early_exit=analysis.early_exit,
         fold_batchnorm=analysis.fold_batchnorm,
         criterion=choice.criterion,
-        protocol="test" if analysis.paper_protocol else "validation",
+        protocol=protocol,
         checkpoint=None if work is None else work / "cells.jsonl",
         resume=True,
-        **shown,
+        progress=progress,
     )
 
 

@@ -31,6 +31,8 @@ from dscore_plugin.cli_options import (
     read_choice,
     read_source,
     read_training,
+    require_unused,
+    whole_numbers,
     with_options,
 )
 from dscore_plugin.errors import DScoreError
@@ -61,6 +63,7 @@ Examples:
 @app.command(help=_PRUNE_HELP)
 @with_options(SOURCE, CRITERION, GOAL, SEARCH, ANALYSIS, TRAINING)
 def prune(
+    context: typer.Context,
     plan: Annotated[
         Path | None, typer.Option(help="Apply this plan instead of choosing.", show_default=False)
     ] = None,
@@ -118,49 +121,58 @@ def prune(
     **options: Any,
 ) -> None:
     """Prune a network, fine-tune it, save it with a report."""
-    from dscore_plugin.jobs import PruneJob, default_out
+    from dscore_plugin.jobs import DENSE_EPOCHS, PruneJob, default_out
     from dscore_plugin.pipeline import run_prune
+    from dscore_plugin.plan import Plan
     from dscore_plugin.report.tables import print_metrics
     from dscore_plugin.training.config import TrainingConfig
     from dscore_plugin.training.progress import RichProgress
 
+    if plan is not None:
+        ignored = {*CRITERION, *GOAL, *SEARCH, *ANALYSIS, "feature_map_ratio", "kernel_ratio"}
+        require_unused(context, ignored, "the plan says what leaves; leave it out, or leave --plan out")
     stages = {"channel": feature_map_ratio, "kernel": kernel_ratio}
     goals = [options[name] for name in GOAL_NAMES]
     choice = read_choice(options)
     if all(goal is None for goal in (*goals, *stages.values())) and not choice.info.stops_by_itself:
         choice = replace(choice, target_macs=0.5)
-    checked_there: dict[str, Any] = {"schedule": schedule, "precision": precision, **read_training(options)}
-    checked_there |= {"distill": distill, "distill_temperature": distill_temperature}
-    checked_there["distill_features"] = distill_features
-    checked_there["milestones"] = tuple(int(epoch) for epoch in numbers("--milestones", milestones))
+    criterion = choice.criterion if plan is None else Plan.load(plan).made_by.get("criterion", "plan")
+    common: dict[str, Any] = {"schedule": schedule, "precision": precision, **read_training(options)}
+    common |= {"batch_size": batch_size, "weight_decay": weight_decay, "label_smoothing": label_smoothing}
+    common |= {"workers": workers, "seed": options["seed"]}
+    common["milestones"] = whole_numbers("--milestones", milestones)
+    distillation: dict[str, Any] = {"distill": distill, "distill_temperature": distill_temperature}
+    distillation["distill_features"] = distill_features
 
     def training(epochs: int) -> TrainingConfig | None:
-        if epochs == 0:
-            return None
-        return TrainingConfig(
-            epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, weight_decay=weight_decay,
-            label_smoothing=label_smoothing, workers=workers, seed=options["seed"], **checked_there,
-        )  # fmt: skip
+        return TrainingConfig(epochs, learning_rate, **common, **distillation) if epochs else None
 
+    if dense_epochs is None:
+        dense_epochs = DENSE_EPOCHS.get(options["data"], 0)
+    dense = TrainingConfig(dense_epochs, 0.1, **common) if dense_epochs and not options["weights"] else None
     job = PruneJob(
         read_source(options),
         choice.in_stages(stages),
-        out or default_out(options["model"], choice.criterion),
+        out or default_out(options["model"], criterion),
         rounds=rounds,
         plan=plan,
         training=training(epochs),
         round_training=training(epochs if round_epochs is None else round_epochs),
-        dense_epochs=dense_epochs,
+        dense_training=dense,
         recalibrate=not no_recalibrate,
         force=force,
         resume=resume,
         command=shlex.join(["dscore", *sys.argv[1:]]),
     )
+    if len(job.stages) == 1:
+        require_unused(
+            context, {"round_epochs"}, "there is one step, with --epochs; give --rounds, or leave it out"
+        )
     metrics = run_prune(job, RichProgress(), _say)
     if json_:
         _print_json({"folder": str(job.out), **metrics})
     else:
-        print_metrics(metrics, title=f"{options['model']}, {choice.criterion}", console=Console())
+        print_metrics(metrics, title=f"{options['model']}, {criterion}", console=Console())
 
 
 _EVALUATE_HELP = """Measure an artifact, or a dense network, on the test images.
@@ -286,6 +298,11 @@ def sensitivity(
     Console().print(table)
 
 
+# Options of dscore train that only one method has.
+_SPARSITY_OPTIONS = {
+    "dependency_aware": {"target", "delta", "min_channels"},
+    "synaptic_strength": {"ratio", "lambda_", "sweep"},
+}
 _TRAIN_HELP = """Train a network: dense, or towards sparsity, then prune it and train it again.
 
 Examples:
@@ -303,6 +320,7 @@ Examples:
 @app.command(help=_TRAIN_HELP)
 @with_options(SOURCE, TRAINING)
 def train(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="The folder of the result.")],
     sparsity: Annotated[
         str | None,
@@ -363,6 +381,13 @@ def train(
     from dscore_plugin.training.synaptic import SynapticGoal, synaptic_schedule
     from dscore_plugin.training_runs import run_train
 
+    if sparsity is not None and sparsity not in _SPARSITY_OPTIONS:
+        raise unknown_method(sparsity)
+    for method, names in _SPARSITY_OPTIONS.items():
+        if method != sparsity:
+            require_unused(context, names, f"it belongs to --sparsity {method}; give that, or leave it out")
+    if sparsity is None:
+        require_unused(context, {"retrain_epochs"}, "it belongs to --sparsity; give that, or leave it out")
     given = {"batch_size": batch_size, "weight_decay": weight_decay}
     config: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     config |= {"learning_rate": learning_rate, "label_smoothing": label_smoothing, "precision": precision}
@@ -374,12 +399,10 @@ def train(
         sparse, training = paper_schedule(epochs or 160, retrain_epochs, **config)
         sparse = replace(sparse, ema=0.0)  # the penalty acts on the weights themselves, not on their average
         goal = SparsityGoal(target, sparse, sparsity, delta, min_channels=min_channels)
-    elif sparsity == "synaptic_strength":
+    else:
         sparse, training = synaptic_schedule(epochs or 240, retrain_epochs or 50, **config)
         sparse = replace(sparse, ema=0.0)
         goal = SynapticGoal(ratio, sparse, lambda_, numbers("--sweep", sweep))
-    else:
-        raise unknown_method(sparsity)
     job = TrainJob(
         read_source(options),
         training,
@@ -523,14 +546,15 @@ def list_(seed: Seed = 0, json_: Json = False) -> None:
         _print_json({"criteria": rows})
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("name", "kind", "prunes", "needs", "paper", "what it is"):
-        table.add_column(heading, no_wrap=heading in ("name", "kind", "prunes"))
+    table.add_column("name", no_wrap=True)
+    for heading, longest in (("prunes", "channel,"), ("needs", "gradients"), ("paper", "2308.04470")):
+        table.add_column(heading, min_width=len(longest))
+    table.add_column("what it is", overflow="fold")
     for info in infos:
         needs = [what for what in ("data", "gradients", "batchnorm") if getattr(info, f"needs_{what}")]
+        needs += ["a search"] if info.kind == "selector" else []
         paper = f"{info.paper.split(',')[0]}, {info.arxiv}" if info.arxiv != "-" else "-"
-        table.add_row(
-            info.name, info.kind, ", ".join(info.granularity), ", ".join(needs), paper, info.summary
-        )
+        table.add_row(info.name, ", ".join(info.granularity), ", ".join(needs), paper, info.summary)
     Console().print(table)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -326,6 +326,36 @@ def read_choice(options: Mapping[str, Any]) -> Choice:
 def read_training(options: Mapping[str, Any]) -> dict[str, Any]:
     """Read the shared options of a training, as arguments of TrainingConfig."""
     return {name: options[name] for name in TRAINING}
+
+
+def require_unused(context: typer.Context, names: Collection[str], reason: str) -> None:
+    """Refuse options that stand on the command line and would be ignored.
+
+    Args:
+        context: of the command.
+        names: the options' arguments.
+        reason: why they would be, and what to do, as the end of a sentence.
+
+    Raises:
+        DScoreError: naming them.
+    """
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in names
+        and (source := context.get_parameter_source(parameter.name))
+        and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise DScoreError(f"{', '.join(given)} would be ignored: {reason}")
+
+
+def whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """Read a list of whole numbers, separated by commas."""
+    found = numbers(option, text)
+    if not all(number.is_integer() for number in found):
+        raise DScoreError(f"{option} {text!r} is no list of whole numbers, such as 1,2,3")
+    return tuple(map(int, found))
 
 
 def numbers(option: str, text: str | None) -> tuple[float, ...]:

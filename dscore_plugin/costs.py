@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.groups import ChannelGroup, Role
 from dscore_plugin.loading import load_object
 
@@ -28,7 +29,7 @@ def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
     Returns:
         MACs of one image, and parameters.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = as_arguments(example_inputs)
     macs, params = load_object(_COUNTER)(model, inputs)
     return macs, params
 

@@ -43,7 +43,7 @@ class BenchError(DScoreError):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Name the nearest known spellings, as the end of a sentence.
+    """Name the nearest known spellings, as the end of a sentence; case and hyphens do not count.
 
     Args:
         name: what was asked for.
@@ -52,5 +52,10 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     Returns:
         ``"; did you mean 'd_score'?"``, or an empty string where nothing is near.
     """
-    near = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
+    known = {_plain(choice): choice for choice in choices}
+    near = [known[n] for n in difflib.get_close_matches(_plain(name), known, n=3, cutoff=0.6)]
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.errors import ArtifactError, DScoreError, ModelError, did_you_mean
 from dscore_plugin.modes import in_eval_mode
 
@@ -80,7 +81,7 @@ def export_folder(
 
 def export_model(
     model: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: Tensor | tuple[Tensor, ...],
     out: str | Path,
     *,
     form: str = "onnx",
@@ -91,7 +92,8 @@ def export_model(
 
     Args:
         model: the network; it is left as it was, and exported in eval mode.
-        example_inputs: the arguments of one forward pass, floating-point; their shapes become the file's.
+        example_inputs: the arguments of one forward pass (a tensor stands for one argument), floating-point; their
+            shapes become the file's.
         out: the file to write; it appears only if the check holds.
         form: ``"onnx"`` (run by onnxruntime) or ``"torch-export"``.
         tolerance: of the difference, relative to the largest output.
@@ -99,20 +101,21 @@ def export_model(
 
     Raises:
         ArtifactError: if ``out`` exists and ``force`` is not given, or cannot be written.
-        ModelError: if the form is unknown, a package is missing, an input is empty, or the network cannot be exported
-            or gives other outputs afterwards.
+        ModelError: if the form is unknown, a package is missing, an input is empty, or the network does not run on the
+            inputs, cannot be exported or gives other outputs afterwards.
     """
     _check_form(form)
     out = Path(out)
     _check_writable(out, force)
-    if not all(x.numel() for x in example_inputs):
+    examples = as_arguments(example_inputs)
+    if not all(x.numel() for x in examples):
         raise ModelError("an example input is empty; expected at least 1 image")
     generator = torch.Generator().manual_seed(0)
-    inputs = tuple(torch.randn(x.shape, generator=generator).to(x) for x in example_inputs)
+    inputs = tuple(torch.randn(x.shape, generator=generator).to(x) for x in examples)
     partial = out.with_name(f".partial-{out.stem}{FORMS[form]}")  # torch.export warns of other endings
     try:
         with in_eval_mode(model), torch.no_grad():
-            expected = _leaves(model(*inputs))
+            expected = _outputs(model, inputs)
             found = (_through_onnx if form == "onnx" else _through_export)(model, inputs, partial)
         difference = _difference(found, expected)
         if not difference <= tolerance:
@@ -192,6 +195,17 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
         if other.numel()
     ]
     return float(torch.tensor([0.0, *errors]).max())  # NaN, too, which max() loses
+
+
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    try:
+        return _leaves(model(*inputs))
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ModelError(
+            f"{type(model).__name__} does not run on inputs of shape {shapes}: {_cause(error)}; give those of a batch "
+            "(an artifact: save it with input_shape=(C, H, W), without the batch)"
+        ) from error
 
 
 def _leaves(output: Any) -> list[Tensor]:

@@ -65,7 +65,9 @@ class PrunedNetwork:
         """
         metrics = self.metrics
         if top1 is not None:
-            metrics = {**metrics, "finetuned": {**(metrics.get("pruned") or {}), "top1": top1}}
+            finetuned = {**(metrics.get("pruned") or {}), "top1": top1}
+            validation = result.final.validation_top1 if result else None
+            metrics = {**metrics, "finetuned": finetuned, "validation_top1": validation}
 
         def report(partial: Path) -> str:
             if result:

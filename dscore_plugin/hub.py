@@ -60,7 +60,7 @@ def create_model(
     if not _REPOSITORY.fullmatch(str(rest)):
         raise ModelError(
             f"{str(source)!r} is neither a folder nor a repository; expected a folder that save_pruned() wrote, or "
-            "'owner/name' on the Hub (dense networks: timm.create_model)"
+            "'owner/name' on the Hub (dense networks: dscore_plugin.models.create_model)"
         )
     with tempfile.TemporaryDirectory() as copy:
         _download(str(rest), Path(copy), token, cache_dir)
@@ -164,7 +164,7 @@ def model_card(structure: dict[str, Any], metrics: dict[str, Any], name: str) ->
         "---",
         "",
     ]
-    text = report_markdown(structure, metrics, folder=name)
+    text = report_markdown(structure, metrics, folder=None)
     load = [
         "",
         "## Load it",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from dscore_plugin.datasets import ImageData, ImageSet, load_data
@@ -15,10 +16,13 @@ from dscore_plugin.errors import BudgetError, CriterionError, ModelError
 from dscore_plugin.files import ensure_writable
 from dscore_plugin.models import create_model, load_weights
 from dscore_plugin.plan import Plan
-from dscore_plugin.planning import GOALS, check_goals
+from dscore_plugin.planning import GOALS, check_goals, check_layers, check_reranking, check_scoring
 from dscore_plugin.registry import CriterionInfo, get_criterion
+from dscore_plugin.selection.processes import Processes
 from dscore_plugin.selection.sensitivity import RATIOS, Sensitivity, check_ratios
-from dscore_plugin.training.config import TrainingConfig
+from dscore_plugin.training.config import NO_EFFECT, TrainingConfig
+from dscore_plugin.training.precision import choose_device, choose_precision
+from dscore_plugin.training.tracking import require_tracker
 
 DENSE_EPOCHS = {"digits": 20}  # data small enough that a dense network is trained on the spot
 
@@ -34,7 +38,7 @@ class Source:
         model_args: further arguments of the model.
         image_size: for image folders.
         seed: of the validation split, the training and everything random.
-        device: ``"auto"`` takes a GPU where there is one.
+        device: ``"auto"`` takes a GPU where there is one, under a launcher each process its own.
     """
 
     model: str = "digits_cnn"
@@ -62,10 +66,33 @@ class Source:
         return {"num_classes": data.num_classes, "in_chans": data.input_shape[0], **self.model_args}
 
     def find_device(self) -> torch.device:
-        """Return the device to compute on."""
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        """Return the device to compute on; raise ModelError if it is unknown or not there."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.zeros(1, device=self.device).item()
+        except (RuntimeError, AssertionError) as error:  # the latter without CUDA in PyTorch
+            reason = str(error).splitlines()[0]
+            raise ModelError(
+                f"device {self.device!r} cannot be computed on ({reason}); expected auto, cpu, or cuda, cuda:1, ... "
+                "where there is a GPU"
+            ) from error
+        return torch.device(self.device)
+
+    def training_device(self) -> torch.device | None:
+        """Return the device to train on, or None where that is left to accelerate; raise as :meth:`find_device`."""
+        return None if self.device == "auto" else self.find_device()
+
+    def check(self) -> None:
+        """Refuse a device that is not there, or that the launcher has to choose; raise a DScoreError."""
+        processes = Processes()
+        choose_device(self.training_device(), PartialState().device, processes.number)
+
+    def check_training(self, *configs: TrainingConfig | None) -> None:
+        """Refuse trainings that this machine cannot do, whether for their precision or their tracker."""
+        for config in filter(None, configs):
+            choose_precision(config.precision, self.find_device())
+            require_tracker(config)
 
 
 @dataclass(frozen=True)
@@ -87,6 +114,16 @@ class Analysis:
     early_exit: float | None = None
     fold_batchnorm: bool = False
     rerank: bool = False
+
+    @property
+    def idle(self) -> list[str]:
+        """The fields that were given a value and mean nothing, as no table is measured."""
+        needed = ("rerank", "ratios") if self.rerank else ()
+        return [
+            item.name
+            for item in fields(self)
+            if item.name not in needed and getattr(self, item.name) != item.default
+        ]
 
     def choose_images(self, data: ImageData, seed: int) -> ImageSet:
         """Return the images to measure on; raise DataError if there are none."""
@@ -186,10 +223,39 @@ class Choice:
         if self.unit == "kernel" and goal != "ratio":
             raise BudgetError(f"kernels are removed by a ratio; got {goal}")
         if info.kind == "selector":
-            info.build_selector(**self.criterion_options)
-        if self.table is not None:
-            Sensitivity.load(self.table)
+            info.build_selector(**self.criterion_options).check(self.unit)
+        elif self.unit == "channel":
+            self.check_scoring()
+        elif self.criterion_options:
+            raise CriterionError(
+                f"criterion {info.name!r} takes no options where it prunes {self.unit}s; leave out "
+                f"{', '.join(self.criterion_options)}"
+            )
+        check_layers(self.layers)
         check_ratios(self.analysis.ratios)
+        self._check_table()
+
+    def check_scoring(self) -> None:
+        """Refuse what cannot score channels: a criterion, its options, layers, ratios; raise a DScoreError."""
+        check_scoring(self.info)
+        self.info.build(**self.criterion_options)
+        check_layers(self.layers)
+        check_ratios(self.analysis.ratios)
+        if self.analysis.rerank:
+            check_reranking(self.info)
+
+    def _check_table(self) -> None:
+        """Refuse a table that cannot be read, or one and its options where the allocation does not ask for any."""
+        if self.allocation == "sensitivity":
+            if self.table is not None:
+                Sensitivity.load(self.table)
+            return
+        idle = [*(["a sensitivity table"] if self.table is not None else []), *self.analysis.idle]
+        if idle:
+            raise BudgetError(
+                f"the allocation {self.allocation!r} makes no use of {', '.join(idle)}; add --allocation sensitivity, "
+                "or leave it out"
+            )
 
 
 class Job:
@@ -212,7 +278,9 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What an interrupted run and its continuation must have in common."""
-        content = asdict(self)  # type: ignore[call-overload]
+        content = asdict(  # type: ignore[call-overload]
+            self, dict_factory=lambda items: {name: value for name, value in items if name not in NO_EFFECT}
+        )
         for key in ("force", "resume", "command", "out"):
             del content[key]
         return content
@@ -230,7 +298,7 @@ class PruneJob(Job):
         plan: a plan to apply, instead of choosing.
         training: of the fine-tuning after the last stage; None leaves it out.
         round_training: of the fine-tuning after each stage before.
-        dense_epochs: epochs of training the dense network where there are no weights.
+        dense_training: of the dense network where there are no weights.
         recalibrate: whether batch norm's statistics are measured again after the removal.
         force: replace an existing artifact.
         resume: go on with an interrupted run.
@@ -244,7 +312,7 @@ class PruneJob(Job):
     plan: Path | None = None
     training: TrainingConfig | None = None
     round_training: TrainingConfig | None = None
-    dense_epochs: int | None = None
+    dense_training: TrainingConfig | None = None
     recalibrate: bool = True
     force: bool = False
     resume: bool = False
@@ -259,9 +327,15 @@ class PruneJob(Job):
         """What an interrupted run and its continuation must have in common."""
         return {**super().identity(), "plan": str(self.plan) if self.plan else None}
 
-    def dense_training(self) -> int:
-        """How many epochs a dense network is trained where there are no weights."""
-        return DENSE_EPOCHS.get(self.source.data, 0) if self.dense_epochs is None else self.dense_epochs
+    def training_after(self, stage: int) -> TrainingConfig | None:
+        """Return the fine-tuning after a stage, counted from 1."""
+        return self.training if stage == len(self.stages) else self.round_training
+
+    @property
+    def distils(self) -> bool:
+        """Whether any fine-tuning learns from the dense network."""
+        configs = [self.training_after(number) for number in range(1, len(self.stages) + 1)]
+        return any(config.distils for config in configs if config)
 
     def check(self) -> None:
         """Refuse what can be refused before any work starts; raise a DScoreError."""
@@ -279,17 +353,19 @@ class PruneJob(Job):
                     )
                 if len(self.stages) > 1 and choice.table is not None:
                     raise BudgetError("a sensitivity table holds for the first stage only; leave it out")
-        if self.source.weights is None and self.dense_training() < 1:
+        if self.source.weights is None and self.dense_training is None:
             raise ModelError(
                 f"{self.source.model} has no weights; pass --weights FILE, or --dense-epochs N to train it first"
             )
+        self.source.check()
+        self.source.check_training(self.training, self.round_training, self.dense_training)
 
 
 def amount_in_round(goal: str, amount: float, number: int, rounds: int, left: float, things: int) -> float:
     """Return what to ask of one round, so that the last one meets the goal.
 
     Args:
-        goal: the name of the goal.
+        goal: the name of the goal; ``"cumulative_ratio"`` for a ratio that counts what earlier rounds removed.
         amount: its value for the whole run.
         number: of this round, from 1.
         rounds: how many there are.
@@ -298,15 +374,16 @@ def amount_in_round(goal: str, amount: float, number: int, rounds: int, left: fl
 
     Returns:
         For ``target_macs`` and ``target_params`` a share of what is left now: the dense network shrinks by the
-        same factor each time. For ``ratio`` and ``target_latency`` an equal factor each time. For ``keep_layers``
-        the branches that stay after this round, an equal number leaving each time.
+        same factor each time. For ``ratio`` and ``target_latency`` an equal factor each time, and for
+        ``cumulative_ratio`` what these make together so far. For ``keep_layers`` the branches that stay after this
+        round, an equal number leaving each time.
     """
     if goal in ("target_macs", "target_params"):
         return min(1.0, float(amount ** (number / rounds)) / left)
     if goal == "target_latency":
         return float(amount ** (1 / rounds))
-    if goal == "ratio":
-        return float(1 - (1 - amount) ** (1 / rounds))
+    if goal in ("ratio", "cumulative_ratio"):
+        return float(1 - (1 - amount) ** ((1 if goal == "ratio" else number) / rounds))
     return things - -(-(things - amount) // (rounds - number + 1))
 
 

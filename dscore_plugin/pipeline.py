@@ -18,7 +18,7 @@ from dscore_plugin.datasets import ImageData, ImageSet
 from dscore_plugin.errors import TrainingError
 from dscore_plugin.files import read_json, write_json
 from dscore_plugin.jobs import Choice, PruneJob, amount_in_round
-from dscore_plugin.plan import ChannelRemoval, Plan
+from dscore_plugin.plan import ChannelRemoval, Plan, fingerprint
 from dscore_plugin.report.kernel_numbers import kernel_report
 from dscore_plugin.report.numbers import file_sizes
 from dscore_plugin.report.pictures import draw_pictures
@@ -29,6 +29,7 @@ from dscore_plugin.surgery.kernel_masks import kernel_masks
 from dscore_plugin.surgery.layers import find_branches
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.evaluation import evaluate, images_of_statistics, recalibrate_batchnorm
+from dscore_plugin.training.history import TrainingResult
 from dscore_plugin.training.loop import train
 from dscore_plugin.training.progress import NoProgress, Progress
 
@@ -65,9 +66,10 @@ def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda
     data = job.source.load_images()
     model = job.source.build(data)
     open_work(job.work, job.identity(), say, force=job.force, resume=job.resume)
-    if job.source.weights is None:
-        _train_dense(job, model, data, shown, say)
-    teacher = copy.deepcopy(model) if job.training and job.training.distils else None
+    if job.source.weights is None and job.dense_training is not None:
+        say(f"no weights given: training {job.source.model} for {job.dense_training.epochs} epochs")
+        _train(job, model, data.train, None, job.dense_training, job.work / "dense", progress=shown)
+    teacher = copy.deepcopy(model) if job.distils else None
     dense = measure(model, data, shown)
     say(f"dense: top-1 {dense['top1']:.2f} %, {dense['macs'] / 1e6:.1f} M MACs")
 
@@ -86,21 +88,19 @@ def run_prune(job: PruneJob, progress: Progress | None = None, say: Say = lambda
     return metrics
 
 
-def _train_dense(job: PruneJob, model: nn.Module, data: ImageData, progress: Progress, say: Say) -> None:
-    """Train the dense network, where no weights came with it."""
-    config = replace(
-        job.training or TrainingConfig(epochs=1),
-        epochs=job.dense_training(),
-        learning_rate=0.1,
-        warmup_epochs=0,
-        distill=0.0,
-        distill_features=0.0,
-    )
-    say(f"no weights given: training {job.source.model} for {config.epochs} epochs")
-    folder = job.work / "dense"
-    train(
-        model, data.train, None, config, checkpoint=folder, resume=job.resume, logs=job.logs(folder),
-        progress=progress,
+def _train(
+    job: PruneJob,
+    model: nn.Module,
+    images: ImageSet,
+    validation: ImageSet | None,
+    config: TrainingConfig,
+    checkpoint: Path,
+    **options: Any,
+) -> TrainingResult:
+    """Train where the job computes, and go on from the checkpoint in a continued run."""
+    return train(
+        model, images, validation, config, checkpoint=checkpoint, resume=job.resume, logs=job.logs(checkpoint),
+        device=job.source.training_device(), **options,
     )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ class _Run:
         job: what to do.
         data: the images.
         dense: the numbers of the dense network.
-        teacher: the dense network, where the training learns from it.
+        teacher: the dense network, where any training learns from it.
         progress: shows bars.
         say: takes a line of news.
     """
@@ -192,8 +192,9 @@ class _Run:
     def _timed_plan(self, number: int, model: nn.Module) -> tuple[Plan, float | None]:
         """Make the plan of a stage, and say in how many seconds.
 
-        A continued run reads what the interrupted one needed, as its own choice may start from what was measured then.
-        None if that one was interrupted while it chose.
+        A continued run takes the plan of the interrupted one, as measured latencies would make another, unless the
+        criterion changes weights: then it chooses again, from what was measured. Either way it reads how many seconds
+        the interrupted one needed; None if that one was interrupted while it chose.
         """
         note = self.folder(number) / "scoring.json"
         before = read_json(note) if self.job.resume and note.exists() else None
@@ -201,10 +202,15 @@ class _Run:
             note.parent.mkdir(parents=True, exist_ok=True)
             write_json(note, {"seconds": None})
         started = time.perf_counter()
-        plan = self._plan(number, model)
+        plan = self._earlier_plan(number, model) or self._plan(number, model)
         seconds = round(time.perf_counter() - started, 3) if before is None else before["seconds"]
         write_json(note, {"seconds": seconds})
         return plan, seconds
+
+    def _earlier_plan(self, number: int, model: nn.Module) -> Plan | None:
+        file = self.folder(number) / "plan.json"
+        plan = Plan.load(file) if self.job.resume and file.exists() else None
+        return plan if plan and plan.fingerprint == fingerprint(model) else None
 
     def _plan(self, number: int, model: nn.Module) -> Plan:
         if self.job.plan:
@@ -225,13 +231,15 @@ class _Run:
     def _for_round(self, choice: Choice, number: int, model: nn.Module) -> Choice:
         """Return the choice with what this round has to reach."""
         goal, amount = choice.goal
-        left, things = 1.0, 0
+        asked, left, things = goal, 1.0, 0
         if goal in ("target_macs", "target_params"):
             macs, params = count(model, (example_of(self.job.source, self.data),))
             left = macs / self.dense["macs"] if goal == "target_macs" else params / self.dense["params"]
         elif goal == "keep_layers":
             things = len(find_branches(model))
-        now = amount_in_round(goal, amount, number, self.job.rounds, left, things)
+        elif choice.unit == "kernel" and choice.info.kind != "selector":
+            asked = "cumulative_ratio"  # plan_kernels counts what is gone
+        now = amount_in_round(asked, amount, number, self.job.rounds, left, things)
         changed: dict[str, Any] = {goal: now if goal == "keep_layers" else min(now, 0.999)}
         return replace(choice, **changed)
 
@@ -244,13 +252,12 @@ class _Run:
         self, number: int, model: nn.Module, pruned: Numbers
     ) -> tuple[Numbers | None, float | None]:
         """Fine-tune; return the numbers, and the last epoch's top-1 on the validation images, for choices to come."""
-        job, data, checkpoint = self.job, self.data, self.folder(number) / "finetune"
-        training = job.training if number == len(job.stages) else job.round_training
+        data, training = self.data, self.job.training_after(number)
         if training is None:
             return None, None
-        result = train(
-            model, data.train, data.validation, training, checkpoint=checkpoint, resume=job.resume,
-            logs=job.logs(checkpoint), teacher=self.teacher, progress=self.progress,
+        result = _train(
+            self.job, model, data.train, data.validation, training, self.folder(number) / "finetune",
+            teacher=self.teacher if training.distils else None, progress=self.progress,
         )  # fmt: skip
         self.say(f"fine-tuned for {len(result.history)} epochs")
         finetuned = {**pruned, "top1": evaluate(model, data.test, progress=self.progress).top1}

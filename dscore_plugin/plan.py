@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.errors import PlanError
 from dscore_plugin.loading import load_object
 from dscore_plugin.rollback import rolled_back_on_error
@@ -153,13 +154,18 @@ class Plan:
     made_by: Mapping[str, Any] = field(default_factory=dict)
 
     def apply(
-        self, model: nn.Module, example_inputs: tuple[Any, ...] | None = None, *, strict: bool = True
+        self,
+        model: nn.Module,
+        example_inputs: Tensor | tuple[Any, ...] | None = None,
+        *,
+        strict: bool = True,
     ) -> nn.Module:
         """Remove what the plan names from ``model``, in place, and with it what is tied to it.
 
         Args:
             model: the network that the plan was made for.
-            example_inputs: arguments of a forward pass, for tracing; by default one image of zeros.
+            example_inputs: arguments of a forward pass, for tracing (a tensor stands for one argument); by default one
+                image of zeros.
             strict: refuse other weights than those the plan was made for.
 
         Returns:
@@ -176,13 +182,14 @@ class Plan:
             )
         if example_inputs is None:
             like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-            example_inputs = (like.new_zeros(1, *self.input_shape),)
+            example_inputs = like.new_zeros(1, *self.input_shape)
+        inputs = as_arguments(example_inputs)
         alone = any(removal.type in _MADE_ALONE for removal in self.removals)
         with rolled_back_on_error(model):
             for kind, executor in _EXECUTORS.items():
                 removals = [removal for removal in self.removals if removal.type == kind]
                 if removals or (kind == ChannelRemoval.type and not alone):
-                    load_object(executor)(model, example_inputs, removals)
+                    load_object(executor)(model, inputs, removals)
         return model
 
     def removed(self, layer: str) -> tuple[int, ...]:
@@ -294,6 +301,8 @@ class Plan:
             cut = "" if row.score_cut is None else f"{row.score_cut:.3f}"
             widths, saved = f"{row.channels} -> {left}", f"{row.macs_saved / 1e6:.2f} M"
             lines.append(f"{row.layer:<32} {widths:>14} {scores:>17} {cut:>7} {saved:>12}")
+        if not self.removals:
+            lines.append("nothing leaves the network: the goal is less than one of any layer; ask for more")
         if self.macs[1]:
             kept = 100 * self.macs[1] / max(1, self.macs[0])
             lines.append(

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.errors import BudgetError, CriterionError, DScoreError, ModelError, PlanError
+from dscore_plugin.files import read_json, write_json
 from dscore_plugin.groups import ChannelGroup, ScoredGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph, producers
 from dscore_plugin.integrations.torch_pruning.removal import remove_channels
@@ -56,7 +58,7 @@ def prune(
     Raises:
         DScoreError: on bad input, before anything is changed.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = as_arguments(example_inputs)
     if ratio is None and not any(options.get(key) is not None for key in GOALS):
         ratio = 0.5
     return plan_pruning(model, inputs, criterion, ratio=ratio, **options).apply(model, inputs, strict=False)
@@ -117,13 +119,14 @@ def plan_pruning(
         CriterionError: if the criterion or an option is unknown, or data it needs are missing.
         BudgetError: if the ratio or the budget is out of range or cannot be reached, or there are none or several;
             if the model does not run on ``latency_batch`` images at a time.
-        ModelError: if the model cannot be traced, holds NaN, or nothing in it can be pruned.
+        ModelError: if the model cannot be traced, holds NaN, or nothing in it can be pruned; if it or an ignored layer
+            is no module.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = as_arguments(example_inputs)
     goals = {"ratio": ratio, "target_macs": target_macs, "target_params": target_params}
     goals |= {"target_latency": target_latency, "threshold": threshold, "max_drop": max_drop}
     goal, amount = check_goals(goals, allocation)
-    _check_choice("layers", layers, LAYERS)
+    check_layers(layers)
     info = get_criterion(criterion)
     graph = PruningGraph(model, inputs, ignored_layers)
     timed = _timed_inputs(graph, latency_batch) if goal == "target_latency" else ()
@@ -135,6 +138,8 @@ def plan_pruning(
     counts = search.counts(allocation, goal, amount)
     made_by = {"criterion": criterion, "allocation": allocation, goal: amount, "layers": layers, "seed": seed}
     made_by |= {"min_channels": min_channels, "round_to": round_to}
+    if allocation == "sensitivity" and sensitivity:
+        made_by["sensitivity"] = {"images": sensitivity.images, "protocol": sensitivity.protocol}
     if goal == "target_latency":
         made_by["latency_batch"] = latency_batch
     return build_plan(graph, scored, counts, made_by)
@@ -176,15 +181,24 @@ def selection_request(
     Raises:
         BudgetError: if ``layers`` is unknown.
     """
-    _check_choice("layers", layers, LAYERS)
+    check_layers(layers)
 
     def trace(model: nn.Module) -> PruningGraph:
         return PruningGraph(model, example_inputs, ignored_layers)
 
     def allot(graph: Any, scored: Sequence[ScoredGroup]) -> Counts:
         limits = Limits(scored, min_channels, round_to)
-        timed = _timed_inputs(graph, latency_batch) if goal == "target_latency" else ()
-        return _Search(graph, scored, limits, None, timed).counts("uniform", goal, amount)
+        if goal != "target_latency":
+            return _Search(graph, scored, limits, None, ()).counts("uniform", goal, amount)
+        note = work / "allotment.json" if work else None  # measured again, it would be another one
+        if note and note.exists():
+            return {name: int(units) for name, units in read_json(note).items()}
+        timed = _timed_inputs(graph, latency_batch)
+        counts = _Search(graph, scored, limits, None, timed).counts("uniform", goal, amount)
+        if note:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, counts)
+        return counts
 
     return Request(
         example_inputs, granularity, goal, amount, seed, work, progress or NoProgress(), say,
@@ -218,10 +232,7 @@ def score_groups(
         CriterionError: if the criterion is no importance, or data it needs are missing.
         ModelError: if nothing can be pruned, or parameters hold NaN or infinity.
     """
-    if info.kind not in ("score", "data_score") or "channel" not in info.granularity:
-        raise CriterionError(
-            f"criterion {info.name!r} is of kind {info.kind!r} and scores no channels on its own"
-        )
+    check_scoring(info)
     if info.needs_data and not batches:
         raise CriterionError(f"criterion {info.name!r} needs images and labels; pass batches=")
     bad = next((name for name, p in graph.model.named_parameters() if not torch.isfinite(p).all()), None)
@@ -265,8 +276,7 @@ def rerank_groups(
     Raises:
         CriterionError: if the criterion has no such function, or a group is tied to a grouped layer.
     """
-    if not info.function:
-        raise CriterionError(f"criterion {info.name!r} cannot score part of a layer; leave --rerank out")
+    check_reranking(info)
     divided = next((item.group.name for item in scored if item.group.division > 1), None)
     if divided is not None:
         raise CriterionError(
@@ -304,6 +314,26 @@ def build_plan(
         (round(dense.params), round(left.params)),
         dict(made_by),
     )
+
+
+def check_layers(layers: str) -> None:
+    """Refuse a name for a set of layers that is unknown; raise BudgetError."""
+    _check_choice("layers", layers, LAYERS)
+
+
+def check_scoring(info: CriterionInfo) -> None:
+    """Refuse a criterion that scores no channels; raise CriterionError."""
+    if info.kind not in ("score", "data_score") or "channel" not in info.granularity:
+        way = "" if info.kind == "trained" else f"; run it with: dscore prune --criterion {info.name}"
+        raise CriterionError(
+            f"criterion {info.name!r} is of kind {info.kind!r} and scores no channels on its own{way}"
+        )
+
+
+def check_reranking(info: CriterionInfo) -> None:
+    """Refuse a criterion that has no function of a layer's filters; raise CriterionError."""
+    if not info.function:
+        raise CriterionError(f"criterion {info.name!r} cannot score part of a layer; leave --rerank out")
 
 
 def check_goals(goals: Mapping[str, float | None], allocation: str) -> tuple[str, float]:

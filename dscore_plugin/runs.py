@@ -17,6 +17,7 @@ from dscore_plugin.errors import ArtifactError
 from dscore_plugin.files import read_json, write_json
 from dscore_plugin.report.numbers import latency
 from dscore_plugin.selection.processes import Processes
+from dscore_plugin.training.config import NO_EFFECT
 from dscore_plugin.training.evaluation import evaluate
 from dscore_plugin.training.progress import Progress
 
@@ -38,7 +39,7 @@ def open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, re
         work: the folder.
         identity: what an interrupted run and its continuation must have in common.
         say: takes a line of news.
-        force: start over if there is an unfinished run.
+        force: start over if there is an unfinished run that ``resume`` cannot or shall not go on with.
         resume: go on with it.
 
     Raises:
@@ -52,13 +53,15 @@ def _open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, r
     note, now = work / "job.json", json.loads(json.dumps(identity))  # tuples are lists there
     if note.exists() and resume:
         before = read_json(note)
-        different = [key for key in now if before.get(key) != now[key]]
-        if different:
+        different = [key for key in now if not _agree(before.get(key), now[key])]
+        if not different:
+            say(f"continuing the run in {work}")
+            return
+        if not force:
             raise ArtifactError(
-                f"{work} holds another run ({', '.join(different)} differ); use the same options, or --force"
+                f"{work} holds another run ({', '.join(different)} differ); use the same options, or start over with "
+                "--force"
             )
-        say(f"continuing the run in {work}")
-        return
     if work.exists() and any(work.iterdir()):  # a run killed at once leaves an empty folder
         if not force and resume:
             raise ArtifactError(f"{work} does not say which run it holds; start over with --force")
@@ -69,3 +72,12 @@ def _open_work(work: Path, identity: dict[str, Any], say: Say, *, force: bool, r
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     write_json(note, now)
+
+
+def _agree(before: Any, now: Any) -> bool:
+    """Compare two identities; older ones also hold the fields of a training that change no weight."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return before.keys() - now.keys() <= set(NO_EFFECT) and all(
+            key in before and _agree(before[key], value) for key, value in now.items()
+        )
+    return bool(before == now)

@@ -20,12 +20,13 @@ from dscore_plugin.criteria.dependency_aware import (
 )
 from dscore_plugin.datasets import ImageData
 from dscore_plugin.errors import BudgetError, TrainingError
-from dscore_plugin.files import ensure_writable, read_json, write_json
+from dscore_plugin.files import read_json, write_json
 from dscore_plugin.groups import ScoredGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.integrations.torch_pruning.links import scored_layers
 from dscore_plugin.plan import ChannelRemoval, InputRemoval, Plan
 from dscore_plugin.planning import build_plan
+from dscore_plugin.report.drawing import can_draw
 from dscore_plugin.report.numbers import file_sizes
 from dscore_plugin.report.plots import plot_sparsity
 from dscore_plugin.report.tables import report_markdown
@@ -69,8 +70,8 @@ def paper_schedule(
 def run_sparse(job: TrainJob, progress: Progress | None = None, say: Say = lambda _: None) -> dict[str, Any]:
     """Train towards sparsity of channels, prune by one threshold, train again, save an artifact.
 
-    The artifact also has ``sparsity.json``, ``.png`` and ``.svg`` (the trajectory), and ``history.json`` (of the
-    retraining).
+    The artifact also has ``sparsity.json`` and, where matplotlib is installed, ``.png`` and ``.svg`` (the trajectory),
+    and ``history.json`` (of the retraining).
 
     Args:
         job: what to do; its ``sparsity`` is a :class:`~dscore_plugin.train_jobs.SparsityGoal`, its ``training`` the
@@ -90,8 +91,7 @@ def run_sparse(job: TrainJob, progress: Progress | None = None, say: Say = lambd
     if not isinstance(goal, SparsityGoal):
         raise TrainingError(f"expected a SparsityGoal, got {type(goal).__name__}")
     shown = progress or NoProgress()
-    ensure_writable(job.out, job.force)
-    goal.check()
+    job.check()
     data = job.source.load_images()
     model = job.source.build(data)
     example = (torch.zeros(1, *data.input_shape, device=next(model.parameters()).device),)
@@ -215,7 +215,10 @@ def _save(
     def report(folder: Path) -> str:
         write_json(folder / "sparsity.json", sparse.rows())
         write_json(folder / "history.json", retrained.rows())
-        plot_sparsity([row.regularizer for row in sparse.history], folder / "sparsity", threshold=threshold)
+        if can_draw():
+            plot_sparsity(
+                [row.regularizer for row in sparse.history], folder / "sparsity", threshold=threshold
+            )
         structure = read_json(folder / "pruned_structure.json")
         sizes = file_sizes(folder)
         return report_markdown(structure, metrics, sizes=sizes, command=job.command, folder=str(job.out))

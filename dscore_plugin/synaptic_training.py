@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dscore_plugin.artifact import save_pruned
 from dscore_plugin.datasets import ImageData, ImageSet
 from dscore_plugin.errors import TrainingError
-from dscore_plugin.files import ensure_writable, read_json, write_json
+from dscore_plugin.files import read_json, write_json
 from dscore_plugin.integrations.torch_pruning.synaptic import kernel_scores
 from dscore_plugin.masking import Masks
 from dscore_plugin.plan import Plan
@@ -33,7 +33,13 @@ from dscore_plugin.train_jobs import TrainJob, train_phase
 from dscore_plugin.training.evaluation import evaluate, recalibrate_batchnorm
 from dscore_plugin.training.history import TrainingResult
 from dscore_plugin.training.progress import NoProgress, Progress
-from dscore_plugin.training.synaptic import SynapticGoal, SynapticRegularizer, from_synaptic, to_synaptic
+from dscore_plugin.training.synaptic import (
+    SynapticGoal,
+    SynapticRegularizer,
+    from_synaptic,
+    strengths,
+    to_synaptic,
+)
 
 
 def run_synaptic(
@@ -60,8 +66,7 @@ def run_synaptic(
     if not isinstance(goal, SynapticGoal):
         raise TrainingError(f"expected a SynapticGoal, got {type(goal).__name__}")
     shown = progress or NoProgress()
-    ensure_writable(job.out, job.force)
-    goal.check()
+    job.check()
     data = job.source.load_images()
     model = job.source.build(data)
     example = (torch.zeros(1, *data.input_shape, device=next(model.parameters()).device),)
@@ -70,11 +75,12 @@ def run_synaptic(
     open_work(job.work, job.identity(), say, force=job.force, resume=job.resume)
 
     sparse = train_phase(job, model, data, "sparse", goal.training, shown, regularizer)
+    trained = {name: strength.detach().abs() for name, strength in strengths(model).items()}
     from_synaptic(model)
     metrics: dict[str, Any] = {"dense": measure(model, data, shown)}
     near_zero = sparse.final.regularizer["sparsity"]
     say(f"trained with strengths: {near_zero:.1%} of them near zero, top-1 {metrics['dense']['top1']:.2f} %")
-    plans = _plans(model, example, goal)
+    plans = plan_strengths(model, example, trained, goal)
     metrics["sweep"] = sweep_ratios(model, plans, data.validation.plain(), shown)
     plan = plans[0]
     plan.save(job.work / "plan.json")
@@ -91,6 +97,29 @@ def run_synaptic(
         shutil.rmtree(job.work)
         say(f"saved {job.out}; load it with dscore_plugin.load_pruned({str(job.out)!r})")
     return metrics
+
+
+def plan_strengths(
+    model: nn.Module, example_inputs: tuple[Any, ...], trained: Mapping[str, Tensor], goal: SynapticGoal
+) -> list[Plan]:
+    """Plan for the goal's ratio, and then for those of its sweep: the weakest of the trained strengths leave.
+
+    Args:
+        model: the plain network again, left as it is.
+        example_inputs: the arguments of one forward pass.
+        trained: the magnitudes of the strengths by convolution, from before it became plain; scales of 0 say nothing
+            of them any more.
+        goal: the ratios.
+
+    Returns:
+        The plans.
+    """
+    ratios = list(dict.fromkeys((goal.ratio, *goal.sweep)))
+    made_by = {"criterion": goal.method, "granularity": "kernel", "lambda": goal.strength}
+    scores = {**kernel_scores(model, example_inputs), **trained}
+    return plan_kernel_ratios(
+        model, example_inputs, scores, ratios=ratios, made_by=made_by, skip_first=goal.skip_first
+    )
 
 
 def sweep_ratios(
@@ -115,16 +144,6 @@ def sweep_ratios(
             masks.silence((), places)
             top1[f"{plan.made_by['ratio']:g}"] = evaluate(model, images, progress=progress).top1
     return top1
-
-
-def _plans(model: nn.Module, example: tuple[Tensor], goal: SynapticGoal) -> list[Plan]:
-    """Plan for the goal's ratio, and then for those of the sweep."""
-    ratios = list(dict.fromkeys((goal.ratio, *goal.sweep)))
-    made_by = {"criterion": goal.method, "granularity": "kernel", "lambda": goal.strength}
-    scores = kernel_scores(model, example)
-    return plan_kernel_ratios(
-        model, example, scores, ratios=ratios, made_by=made_by, skip_first=goal.skip_first
-    )
 
 
 def _save(

@@ -10,6 +10,7 @@ from torch import nn
 from dscore_plugin.criteria.dependency_aware import MIN_CHANNELS, TRAINING_THRESHOLD
 from dscore_plugin.datasets import ImageData
 from dscore_plugin.errors import BudgetError, TrainingError, did_you_mean
+from dscore_plugin.files import ensure_writable
 from dscore_plugin.jobs import Job, Source
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.history import TrainingResult
@@ -84,6 +85,14 @@ class TrainJob(Job):
     resume: bool = False
     command: str = ""
 
+    def check(self) -> None:
+        """Refuse what can be refused before any work starts; raise a DScoreError."""
+        ensure_writable(self.out, self.force)
+        if self.sparsity is not None:
+            self.sparsity.check()
+        self.source.check()
+        self.source.check_training(self.training, self.sparsity.training if self.sparsity else None)
+
 
 def train_phase(
     job: TrainJob,
@@ -104,5 +113,6 @@ def train_phase(
         resume=job.resume,
         logs=job.logs(job.work / phase),
         regularizer=regularizer,
+        device=job.source.training_device(),
         progress=progress,
     )

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dscore_plugin.datasets import ImageData
-from dscore_plugin.files import atomic_folder, ensure_writable, write_json
+from dscore_plugin.files import atomic_folder, write_json
 from dscore_plugin.runs import Say, measure, open_work
 from dscore_plugin.sparse_training import run_sparse
 from dscore_plugin.synaptic_training import run_synaptic
@@ -42,7 +42,7 @@ def run_train(job: TrainJob, progress: Progress | None = None, say: Say = lambda
         return run_synaptic(job, progress, say)
     if isinstance(job.sparsity, SparsityGoal):
         return run_sparse(job, progress, say)
-    ensure_writable(job.out, job.force)
+    job.check()
     data = job.source.load_images()
     model = job.source.build(data)
     open_work(job.work, job.identity(), say, force=job.force, resume=job.resume)

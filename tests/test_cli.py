@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dscore_plugin import Plan, load_pruned
+from dscore_plugin import Plan, load_pruned, save_pruned
 from dscore_plugin.cli import main
 from dscore_plugin.models import create_model
 
@@ -110,9 +111,11 @@ def test_plan_is_written_and_applied(dscore: Run, weights: Path, tmp_path: Path)
     edited = Plan.load("plan.json").with_removed("features.0", [0, 5])
     edited.save("edited.json")
 
-    code, _, err = dscore("prune", "--weights", weights, "--plan", "edited.json", "--epochs", 0, "--out", "p")
+    replace(edited, made_by={"criterion": "coarse"}).save("edited.json")
+    code, out, err = dscore("prune", "--weights", weights, "--plan", "edited.json", "--epochs", 0)
     assert code == 0, err
-    assert load_pruned(tmp_path / "p").features[0].out_channels == 14
+    assert "digits_cnn, coarse" in out
+    assert load_pruned(tmp_path / "runs" / "digits_cnn-coarse").features[0].out_channels == 14
 
     code, _, err = dscore("plan", "--weights", weights, "--ratio", 0.25, "--out", "plan.json")
     assert code == 2
@@ -132,13 +135,15 @@ def test_plan_of_other_weights_is_refused(dscore: Run, weights: Path, tmp_path: 
     assert not (tmp_path / "p").exists()
 
 
-def test_list(dscore: Run) -> None:
+def test_list(dscore: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = json.loads(dscore("list", "--json")[1])["criteria"]
     assert {"d_score", "d_step", "d_step_gm", "l1", "fpgm", "random"} <= {row["name"] for row in rows}
     assert next(row for row in rows if row["name"] == "d_score")["arxiv"] == "2308.04470"
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = dscore("list")
     assert code == 0
-    assert "d_step_gm" in out
+    assert all(row["name"] in out and row["arxiv"] in out for row in rows)
+    assert "gradients" in out
 
 
 def test_train_makes_weights_that_prune_takes(dscore: Run, tmp_path: Path) -> None:
@@ -149,6 +154,11 @@ def test_train_makes_weights_that_prune_takes(dscore: Run, tmp_path: Path) -> No
     code, out, err = dscore("evaluate", "--model", "digits_cnn", "--weights", file, "--json")
     assert code == 0, err
     assert json.loads(out)["top1"] == top1
+    code, _, err = dscore("evaluate", "dense")
+    assert code == 2
+    assert (
+        "dense holds a dense network; measure it with --model NAME --weights dense/model.safetensors" in err
+    )
 
 
 def test_train_towards_sparsity(dscore: Run, tmp_path: Path) -> None:
@@ -175,6 +185,38 @@ def test_train_towards_sparsity(dscore: Run, tmp_path: Path) -> None:
     code, _, err = dscore("train", "--sparsity", "dependency", "--out", "t")
     assert code == 2
     assert "did you mean 'dependency_aware'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--sparsity", "dependency_aware", "--ratio", 0.8],
+            "--ratio would be ignored: it belongs to --sparsity syn",
+        ),
+        (["--sparsity", "synaptic_strength", "--target", 0.5], "--target would be ignored"),
+        (["--lambda", 1e-5, "--sweep", "0.3"], "--lambda, --sweep would be ignored"),
+        (["--retrain-epochs", 2], "--retrain-epochs would be ignored: it belongs to --sparsity"),
+    ],
+)
+def test_train_refuses_options_of_another_method(
+    dscore: Run, tmp_path: Path, arguments: list[object], message: str
+) -> None:
+    code, _, err = dscore("train", *arguments, "--out", "t")
+    assert code == 2
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_artifact_is_evaluated_on_images_of_its_shape(dscore: Run, tmp_path: Path) -> None:
+    arguments = {"num_classes": 10}
+    save_pruned(
+        create_model("cifar_resnet20", **arguments), tmp_path / "a", architecture="cifar_resnet20",
+        model_args=arguments, input_shape=(3, 32, 32),
+    )  # fmt: skip
+    code, _, err = dscore("evaluate", "a")
+    assert code == 2
+    assert "was made for images of 3 x 32 x 32, those of 'digits' are 1 x 8 x 8" in err
 
 
 @pytest.mark.parametrize("command", ["prune", "evaluate", "plan", "list", "sensitivity", "train"])
@@ -213,6 +255,10 @@ BAD_INPUT: list[tuple[str, list[object], str]] = [
     ("missing plan", ["--plan", "nowhere.json"], "nowhere.json"),
     ("no weights and no dense training", ["--model", "cifar_resnet20", "--dense-epochs", 0], "--weights"),
     ("bad model argument", ["--model-arg", "x"], "NAME=VALUE"),
+    ("unknown device", ["--device", "foo"], "device 'foo' cannot be computed on"),
+    ("table without its allocation", ["--sensitivity", "s.json", "--ratio", 0.5], "makes no use of a sensitivity"),
+    ("ratio and criterion beside a plan", ["--plan", "p.json", "--ratio", 0.9, "--criterion", "l1"],
+     "--criterion, --ratio would be ignored: the plan says"),
 ]  # fmt: skip
 
 

@@ -107,6 +107,8 @@ def test_bad_input_is_refused_before_any_work(
         export_folder(folder, form="torch-export", batch=0)
     with pytest.raises(ModelError, match="an example input is empty"):
         export_model(nn.ReLU(), (torch.zeros(0, 3),), tmp_path / "x.pt2", form="torch-export")
+    with pytest.raises(ModelError, match=r"Linear does not run on inputs of shape \(1, 3\): RuntimeError"):
+        export_model(nn.Linear(2, 2), (torch.zeros(1, 3),), tmp_path / "x.pt2", form="torch-export")
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(
         ModelError, match=r"needs onnx, onnxscript, onnxruntime; pip install 'dscore-plugin\[onnx\]'"

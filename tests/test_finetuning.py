@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -73,8 +73,11 @@ def pruned() -> PrunedNetwork:
 
 def test_a_network_keeps_its_record_from_folder_to_folder(tmp_path: Path) -> None:
     network = pruned()
+    network = replace(
+        network, metrics={**network.metrics, "validation_top1": 99.0}
+    )  # of an earlier fine-tuning
     network.save(tmp_path / "a")
-    history = TrainingResult((EpochRecord(1, 0.5, 50.0, None, 0.1, 1.0),))
+    history = TrainingResult((EpochRecord(1, 0.5, 50.0, 74.0, 0.1, 1.0),))
     again = open_pruned(tmp_path / "a")
     again.save(tmp_path / "b", top1=75.0, result=history, command="python script.py")
     last = open_pruned(tmp_path / "b")
@@ -83,6 +86,7 @@ def test_a_network_keeps_its_record_from_folder_to_folder(tmp_path: Path) -> Non
     assert last.record["history"]
     assert last.metrics["finetuned"] == {**network.metrics["pruned"], "top1": 75.0}
     assert again.metrics["finetuned"] is None
+    assert (again.metrics["validation_top1"], last.metrics["validation_top1"]) == (99.0, 74.0)
     assert json.loads((tmp_path / "b" / "history.json").read_text()) == history.rows()
     assert "python script.py" in (tmp_path / "b" / "report.md").read_text()
     x = torch.randn(2, 1, 8, 8)

@@ -114,12 +114,15 @@ def test_a_repository_follows_the_conventions(folder: Path, tmp_path: Path) -> N
     )
     assert "91.25" in card
     assert "dscore_plugin.create_model('someone/small-resnet')" in card
+    assert "load_pruned" not in card
     assert str(tmp_path) not in card
 
 
 def test_addresses_that_lead_nowhere(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="'resnet18' is neither a folder nor a repository"):
-        create_model("resnet18")
+    with pytest.raises(
+        ModelError, match=r"'cifar_resnet56' is neither .* dscore_plugin\.models\.create_model\)"
+    ):
+        create_model("cifar_resnet56")
     with pytest.raises(ModelError, match="is neither a folder nor a repository"):
         create_model("x" * 300)
     with pytest.raises(ModelError, match="'someone/none' cannot be downloaded from the Hub: 404"):

@@ -52,3 +52,6 @@ def test_kernels_without_an_input_shape_cannot_be_timed(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="batch_size is 0; expected at least 1 image"):
         load_for_inference(tmp_path / "model", model=dense, batch_size=0)
     assert not kernel_masks(dense)
+    save_pruned(sparse_network(), tmp_path / "other", input_shape=(4, 32, 32))
+    with pytest.raises(ModelError, match="does not run on these inputs"):
+        load_for_inference(tmp_path / "other")

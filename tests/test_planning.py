@@ -165,6 +165,13 @@ def test_round_to_and_min_channels() -> None:
     assert all((row.channels - len(plan.removed(row.layer))) % 8 == 0 for row in plan.rows)
 
 
+def test_a_plan_that_removes_nothing_says_so() -> None:
+    plan = plan_pruning(residual(), X, ratio=0.01)
+    assert not plan.removals
+    assert "nothing leaves the network" in str(plan)
+    assert "nothing leaves" not in str(plan_pruning(residual(), X, ratio=0.5))
+
+
 def test_inner_layers_leave_residual_sums_whole() -> None:
     plan = plan_pruning(residual(), X, ratio=0.5, layers="inner")
     assert units(plan) == {"conv1": 6}
@@ -305,13 +312,17 @@ def test_what_a_model_gives_out_keeps_its_width() -> None:
             "group_reduction 'sum' is unknown",
         ),
         ({"criterion_options": {"power": 2}}, CriterionError, "cannot take the options"),
+        ({"model": "resnet18"}, ModelError, "expected a network .*got a str; build one by name"),
+        ({"ignored_layers": ["conv1"]}, ModelError, "modules, not 'conv1'; from a name: model.get_submodule"),
+        ({"ignored_layers": "conv1"}, ModelError, "modules, not 'conv1'"),
+        ({"criterion": "coarse"}, CriterionError, "on its own; run it with: dscore prune --criterion coarse"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message) as caught:
-        plan_pruning(residual(), X, **{"ratio": 0.5, **options})
+        plan_pruning(**{"model": residual(), "example_inputs": X, "ratio": 0.5, **options})
     assert "\n" not in str(caught.value)
 
 
@@ -331,6 +342,8 @@ def test_a_network_in_which_nothing_can_be_pruned_says_why() -> None:
     model = residual()
     with pytest.raises(ModelError, match="'conv1' is ignored"):
         plan_pruning(model, X, ratio=0.5, ignored_layers=[model.conv1, model.conv2])
+    with pytest.raises(ModelError, match="'conv1' is ignored"):
+        plan_pruning(model, X, ratio=0.5, ignored_layers=model)
 
 
 def test_a_criterion_for_batch_norm_says_so_where_there_is_none() -> None:

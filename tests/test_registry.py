@@ -95,7 +95,13 @@ def test_functions_are_the_pure_ones() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
-    [("dscor", "d_score"), ("d-step-gm", "d_step_gm"), ("fgpm", "fpgm"), ("taylr", "taylor")],
+    [
+        ("dscor", "d_score"),
+        ("D-Score", "d_score"),
+        ("d-step-gm", "d_step_gm"),
+        ("fgpm", "fpgm"),
+        ("taylr", "taylor"),
+    ],
 )
 def test_an_unknown_name_gets_the_nearest(wrong: str, nearest: str) -> None:
     with pytest.raises(

@@ -14,6 +14,7 @@ from dscore_plugin import load_pruned
 from dscore_plugin.analysis_runs import run_plan
 from dscore_plugin.artifact import read_structure
 from dscore_plugin.datasets import load_data
+from dscore_plugin.errors import CriterionError
 from dscore_plugin.jobs import Choice, PruneJob, Source
 from dscore_plugin.models import create_model
 from dscore_plugin.pipeline import run_prune
@@ -77,6 +78,31 @@ def test_feature_maps_first_kernels_second(sources: dict[str, Source], tmp_path:
     assert types == [{"channels"}, {"kernels"}]
     top1 = evaluate(load_pruned(tmp_path / "a"), load_data("digits").test).top1
     assert top1 == metrics["pruned"]["top1"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (
+            Choice("coarse", ratio=0.5, granularity="kernel", criterion_options={"proposal": "d_score"}),
+            "kernels",
+        ),
+        (Choice("coarse", ratio=0.5, criterion_options={"proposal": "dependency"}), "did you mean"),
+        (Choice("dcp", ratio=0.5, granularity="kernel"), "prunes channels, not kernels"),
+        (Choice("energy", ratio=0.5, criterion_options={"rounds": 0}), "rounds"),
+    ],
+)
+def test_a_choice_that_cannot_be_searched_is_refused_before_any_work(choice: Choice, message: str) -> None:
+    with pytest.raises(CriterionError, match=message):
+        choice.check()
+
+
+def test_a_proposal_must_fit_both_stages() -> None:
+    choice = Choice("coarse", criterion_options={"proposal": "d_score"})
+    channels, kernels = choice.in_stages({"channel": 0.3, "kernel": 0.5})
+    channels.check()
+    with pytest.raises(CriterionError, match="'d_score' does not score kernels.*one of synaptic_strength"):
+        kernels.check()
 
 
 def test_a_searched_plan_is_the_same_again(sources: dict[str, Source]) -> None:

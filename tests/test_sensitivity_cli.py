@@ -102,6 +102,11 @@ def test_an_interrupted_analysis_goes_on_with_the_same_options_only(
     assert "continuing the run in later.work" in err
     assert not Path("later.work").exists()
 
+    shutil.copytree("s.work", "other.work")
+    other = (*every[:-1], "other", "--criterion", "l1")
+    assert "start over with --force" in dscore(*other, "--resume")[2]
+    assert dscore(*other, "--resume", "--force")[0] == 0
+
     Path("s.work/job.json").unlink()
     assert "s.work does not say which run it holds" in dscore(*every, "--resume")[2]
     assert dscore(*every, "--force")[0] == 0
@@ -160,6 +165,7 @@ def test_prune_measures_the_table_itself(weights: Path, tmp_path: Path) -> None:
     assert 0.45 <= metrics["pruned"]["macs"] / metrics["dense"]["macs"] <= 0.5
     plan = read_json(tmp_path / "out" / "pruned_structure.json")["plan"]
     assert plan["made_by"]["allocation"] == "sensitivity"
+    assert plan["made_by"]["sensitivity"]["protocol"] == "validation"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +174,9 @@ def test_prune_measures_the_table_itself(weights: Path, tmp_path: Path) -> None:
         (["--allocation", "sensitivity", "--threshold", 99.99], "dense accuracy"),
         (["--allocation", "uniform", "--threshold", 90], "needs the allocation 'sensitivity'"),
         (["--allocation", "sensitivity", "--threshold", 101], "between 0 and 100"),
-        (["--target-macs", 0.05, "--min-channels", 14], "the nearest is"),
+        (["--allocation", "sensitivity", "--target-macs", 0.05, "--min-channels", 14], "the nearest is"),
+        (["--ratio", 0.5], "makes no use of a sensitivity table"),
+        (["--allocation", "global", "--early-exit", 5, "--ratio", 0.5], "a sensitivity table, early_exit"),
         (["--ratios", "0.1,x", "--ratio", 0.5], "no list of numbers"),
         (["--ratios", "0.1,1.5", "--ratio", 0.5], "between 0 and 1"),
     ],
@@ -189,12 +197,53 @@ def test_a_table_of_another_model_is_refused(table: Path) -> None:
         plan_pruning(other, X, target_macs=0.5, allocation="sensitivity", sensitivity=Sensitivity.load(table))
 
 
-def test_the_paper_protocol_says_so(dscore: Run, weights: Path) -> None:
-    common = ("sensitivity", "--weights", weights, "--images", 60, "--ratios", "0.5", "--out", "p", "--json")
-    code, out, err = dscore(*common, "--paper-protocol")
+def test_the_paper_protocol_says_so_and_leaves_a_trace(dscore: Run, weights: Path) -> None:
+    common = ("--weights", weights, "--images", 60, "--ratios", "0.5", "--json")
+    code, out, err = dscore("sensitivity", *common, "--paper-protocol", "--out", "p")
     assert code == 0
     assert json.loads(out)["protocol"] == "test"
     assert "TEST" in err
+
+    by_table = ("--allocation", "sensitivity", "--ratio", 0.2)
+    measured = ("--sensitivity", "p/sensitivity.json")
+    for options in (("--paper-protocol",), measured):
+        code, out, err = dscore("plan", *common, *by_table, *options, "--force", "--out", "plan.json")
+        assert code == 0, err
+        assert "TEST" in err
+        assert json.loads(out)["made_by"]["sensitivity"] == {"images": 60, "protocol": "test"}
+    code, _, err = dscore("prune", *common, *by_table, *measured, "--epochs", 0, "--out", "a")
+    assert code == 0, err
+    assert "TEST" in err
+    assert "measured on 60 test images" in Path("a/report.md").read_text()
+
+
+def test_without_matplotlib_the_table_is_written(
+    dscore: Run, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = dscore(
+        "sensitivity", "--weights", weights, "--images", 20, "--ratios", "0.5", "--out", "s"
+    )
+    assert code == 0, err
+    assert {file.name for file in Path("s").iterdir()} == {"sensitivity.json", "sensitivity.csv"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "iner"], "layers 'iner' is unknown"),
+        (["--criterion-option", "foo=1"], "cannot take the options"),
+        (["--criterion", "energy"], "scores no channels"),
+        (["--criterion", "l1", "--rerank"], "leave --rerank out"),
+    ],
+)
+def test_a_criterion_that_cannot_be_analysed_is_refused_before_any_work(
+    dscore: Run, weights: Path, arguments: list[object], message: str
+) -> None:
+    code, _, err = dscore("sensitivity", "--weights", weights, *arguments, "--out", "s")
+    assert code == 2
+    assert message in err
+    assert not Path("s.work").exists()
 
 
 def test_an_existing_folder_is_not_replaced(dscore: Run, weights: Path, table: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from dscore_plugin import load_pruned
 from dscore_plugin.costs import count
 from dscore_plugin.datasets import load_data
-from dscore_plugin.errors import ArtifactError, BudgetError, TrainingError
+from dscore_plugin.errors import ArtifactError, BudgetError, ModelError, TrainingError
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.integrations.torch_pruning.links import scored_layers
 from dscore_plugin.jobs import Source
@@ -25,6 +25,7 @@ from dscore_plugin.models import create_model, load_weights
 from dscore_plugin.plan import ChannelRemoval, InputRemoval, Plan
 from dscore_plugin.sparse_training import paper_schedule, plan_sparsity
 from dscore_plugin.train_jobs import TrainJob
+from dscore_plugin.training import tracking
 from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.evaluation import evaluate
 from dscore_plugin.training_runs import run_train
@@ -101,6 +102,28 @@ def test_a_dense_run_leaves_weights_and_history(tmp_path: Path):
     assert [row["epoch"] for row in read(out / "history.json")] == [1, 2, 3, 4]
     with pytest.raises(ArtifactError, match="exists"):
         run_train(TrainJob(Source(device="cpu"), TrainingConfig(1), out))
+
+
+def test_without_matplotlib_the_artifact_has_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    whole, epoch = job(tmp_path / "run"), TrainingConfig(1, batch_size=256)
+    run_train(replace(whole, training=epoch, sparsity=replace(whole.sparsity, training=epoch)))
+    assert not list((tmp_path / "run").glob("sparsity.[ps]*g"))
+    assert (tmp_path / "run" / "sparsity.json").exists()
+
+
+def test_what_the_machine_cannot_do_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tracking._AVAILABLE, "wandb", lambda: False)
+    whole = job(tmp_path / "run")
+    with pytest.raises(TrainingError, match="track='wandb' needs a package"):
+        run_train(replace(whole, training=replace(whole.training, track="wandb")))
+    with pytest.raises(ModelError, match="device 'foo' cannot be computed on"):
+        run_train(replace(whole, source=Source(device="foo")))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,17 @@ from dscore_plugin.errors import BudgetError
 from dscore_plugin.jobs import Source
 from dscore_plugin.report.kernel_numbers import kernel_numbers
 from dscore_plugin.surgery.kernels import kernel_masks
-from dscore_plugin.synaptic_training import run_synaptic
+from dscore_plugin.synaptic_training import plan_strengths, run_synaptic
 from dscore_plugin.train_jobs import TrainJob
-from dscore_plugin.training.synaptic import SynapticGoal, synaptic_schedule
+from dscore_plugin.training.config import TrainingConfig
+from dscore_plugin.training.synaptic import (
+    SynapticGoal,
+    from_synaptic,
+    strengths,
+    synaptic_schedule,
+    to_synaptic,
+)
+from tests.training.test_synaptic import two_layers
 
 
 def test_digits_lose_kernels_and_stay_recognised(tmp_path: Path) -> None:
@@ -41,6 +49,18 @@ def test_digits_lose_kernels_and_stay_recognised(tmp_path: Path) -> None:
     history = json.loads((job.out / "sparsity.json").read_text())
     assert len(history) == 2
     assert not job.work.exists()
+
+
+def test_the_trained_strengths_decide_also_on_channels_that_are_constant() -> None:
+    """Behind a scale of 0 the constant f(beta) passes through the kernels: it counts for what it was trained to."""
+    model = two_layers()
+    model.body[1].weight.data[2] = 0
+    example = (torch.zeros(1, 3, 12, 12),)
+    to_synaptic(model, example)
+    trained = {name: strength.detach().abs() for name, strength in strengths(model).items()}
+    plan, *_ = plan_strengths(from_synaptic(model), example, trained, SynapticGoal(0.25, TrainingConfig(1)))
+    (removal,) = plan.removals
+    assert set(removal.indices) == set(trained["body.3"].flatten().argsort()[:5].tolist())
 
 
 def test_a_goal_out_of_range_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from dscore_plugin import pipeline, runs, train_jobs
 from dscore_plugin.cli import main
+from dscore_plugin.errors import DataError
 from dscore_plugin.models import create_model
+from dscore_plugin.training.config import TrainingConfig
 from tests.training.test_tracking import read as read_curves
 
 Run = Callable[..., tuple[int, str]]
@@ -67,6 +69,30 @@ def test_the_options_reach_the_training(
     assert not all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
+def test_the_dense_network_is_trained_with_the_options_whether_or_not_fine_tuning_follows(
+    dscore: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def note(*arguments: object, **options: object) -> None:
+        seen.append(arguments[3])
+        raise DataError("no more")
+
+    monkeypatch.setattr(pipeline, "train", note)
+    options = {
+        "--seed": 5,
+        "--batch-size": 32,
+        "--precision": "float32",
+        "--weight-decay": 0.001,
+        "--mixup": 0.1,
+    }
+    common = ("prune", *(text for pair in options.items() for text in pair), "--force", "--out", "a")
+    for epochs in (0, 3):
+        assert "no more" in dscore(*common, "--epochs", epochs, "--distill", 0.5)[1]
+    expected = {option[2:].replace("-", "_"): value for option, value in options.items()}
+    assert seen == [TrainingConfig(epochs=20, learning_rate=0.1, **expected)] * 2
+
+
 def test_curves_stay_beside_the_artifact(dscore: Run, prune: tuple[object, ...], tmp_path: Path) -> None:
     assert dscore(*prune, "--track", "tensorboard", "--rounds", 2, "--out", "a")[0] == 0
     for stage in ("stage-1", "stage-2"):
@@ -81,6 +107,8 @@ def test_curves_stay_beside_the_artifact(dscore: Run, prune: tuple[object, ...],
         (("--mixup", -1), "mixup=-1.0 is not valid"),
         (("--track", "tensorbord"), "did you mean 'tensorboard'"),
         (("--cutmix", 1, "--batch-size", 33), "batch_size=33 is odd"),
+        (("--schedule", "steps", "--milestones", "1.7"), "no list of whole numbers"),
+        (("--round-epochs", 1), "--round-epochs would be ignored"),
     ],
 )
 def test_bad_values_are_named_before_any_work(

@@ -91,7 +91,8 @@ def save_pruned(
             build. None asks the model, and falls back to ``"custom"``.
         model_args: arguments of ``timm.create_model`` that build the dense model, plain values. None takes
             those that timm noted in the model.
-        input_shape: shape of one input, ``(C, H, W)``.
+        input_shape: shape of one input without the batch, ``(C, H, W)``; :func:`~dscore_plugin.export.export_folder`
+            needs it, and :func:`~dscore_plugin.load_for_inference` where kernels are gone.
         plan: the plan that was applied, plain values: ratios, removed channels.
         history: Torch-Pruning's ``pruning_history()``.
         criterion: by which criterion the channels were chosen.
@@ -107,7 +108,7 @@ def save_pruned(
     Raises:
         ArtifactError: if the folder exists and ``force`` is not given, or if the model could not be loaded
             again: it differs from its dense architecture in more than widths (other settings, replaced functions,
-            forward hooks), or a layer contradicts itself.
+            forward hooks), or a layer contradicts itself; if ``input_shape`` is no shape of an image.
     """
     folder = Path(folder)
     ensure_writable(folder, force)
@@ -115,6 +116,7 @@ def save_pruned(
     check_layers(model, {}, {name: tuple(tensor.shape) for name, tensor in state.items()})
     surgery = describe_surgery(model)
     architecture, model_args, dense = find_dense(model, state, surgery, architecture, model_args)
+    shape = None if input_shape is None else _checked_shape(list(input_shape), architecture)
     buffers = describe_buffers(model, state, dense)
     state |= {name: model.get_buffer(name).detach() for name in buffers if buffers[name]["stored"]}
     tied = shared_storage(state)
@@ -122,7 +124,7 @@ def save_pruned(
         "format_version": FORMAT_VERSION,
         "architecture": architecture,
         "model_args": model_args,
-        "input_shape": None if input_shape is None else list(input_shape),
+        "input_shape": shape,
         "modules": describe_modules(model, state, dense),
         "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
         "tied": tied,
@@ -213,6 +215,15 @@ def read_structure(folder: str | Path) -> dict[str, Any]:
         structure.setdefault("surgery", [])  # of artifacts from before layers and kernels could leave
     validate_structure(structure, str(path))
     return structure
+
+
+def _checked_shape(shape: list[int], architecture: str) -> list[int]:
+    """Return the shape of one input if it can be one; of custom models any could, of timm's only an image's."""
+    if architecture != CUSTOM and len(shape) != 3:
+        raise ArtifactError(
+            f"input_shape is {shape}; expected that of one image without the batch, (C, H, W)"
+        )
+    return shape
 
 
 def _write_weights(state: Mapping[str, Tensor], path: Path) -> None:

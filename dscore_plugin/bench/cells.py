@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dscore_plugin.bench.commands import NO_EFFECT, changed_fields, prune_command, sensitivity_command
+from dscore_plugin.bench.commands import changed_fields, prune_command, sensitivity_command
 from dscore_plugin.bench.protocol import SCORING_FIELDS, Block, Protocol
 from dscore_plugin.datasets import ImageData, load_data
+from dscore_plugin.errors import BenchError
 from dscore_plugin.jobs import Analysis, Choice, PruneJob, Source
 from dscore_plugin.registry import CriterionInfo, get_criterion
-from dscore_plugin.training.config import TrainingConfig
+from dscore_plugin.training.config import NO_EFFECT, TrainingConfig
 
 _TABLE_SEED = 0  # of sensitivity tables that all seeds share
 
@@ -54,6 +55,13 @@ class Place:
     def digest(self) -> str:
         """SHA-256 of the weights; cells measured with others are other cells."""
         return hashlib.sha256(self.weights.read_bytes()).hexdigest()
+
+    def check(self, protocol: Protocol) -> None:
+        """Refuse other data than the protocol's, and weights that are no file; raise BenchError."""
+        if self.data.partition(":")[0] != protocol.data:
+            raise BenchError(f"{protocol.name} is measured on {protocol.data}; got the data {self.data!r}")
+        if not self.weights.is_file():
+            raise BenchError(f"{self.weights} is no file; expected the weights of {protocol.model}")
 
     def source(self, model: str, seed: int) -> Source:
         """Return the network and the images of a run."""

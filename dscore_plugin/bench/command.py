@@ -11,8 +11,8 @@ from dscore_plugin.bench.cells import Place
 from dscore_plugin.bench.protocol import Protocol, load_protocol
 from dscore_plugin.bench.records import Record, read_records
 from dscore_plugin.bench.runner import run_bench, time_left
-from dscore_plugin.bench.summary import draw, tables, write_into
-from dscore_plugin.bench.survey import Survey, seconds_left, survey
+from dscore_plugin.bench.summary import check_page, draw, tables, write_into
+from dscore_plugin.bench.survey import FAILED, Survey, seconds_left, survey
 from dscore_plugin.errors import BenchError
 from dscore_plugin.training.progress import Progress
 
@@ -30,7 +30,7 @@ class BenchRequest:
         work: folder of runs.
         out: results file.
         device: to compute on.
-        only: rows or criteria.
+        only: rows or criteria to run.
         redo: measure finished cells again.
         list_cells: show the cells, run none.
         table: results to show, run none.
@@ -56,13 +56,15 @@ class BenchRequest:
         return self.out or _RESULTS / f"criteria_{protocol.name}.json"
 
     def place(self, protocol: Protocol) -> Place:
-        """Return where to work; raise BenchError if no weights are named."""
+        """Return where to work; raise BenchError if the weights or the data are not the protocol's."""
         if self.weights is None:
             raise BenchError(
                 f"the benchmark needs the trained weights of {protocol.model}; pass --weights FILE"
             )
         work = self.work or Path("runs/bench") / protocol.name
-        return Place(self.data, self.weights.resolve(), work.resolve(), self.device)
+        place = Place(self.data, self.weights.resolve(), work.resolve(), self.device)
+        place.check(protocol)
+        return place
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Answer:
     Attributes:
         text: for readers.
         content: for programs.
-        failed: whether a cell failed.
+        failed: whether a cell failed that was asked for.
     """
 
     text: str
@@ -93,6 +95,8 @@ def run_request(request: BenchRequest, progress: Progress, say: Callable[[str], 
     """
     protocol = load_protocol(request.protocol) if request.protocol else None
     if request.table is not None:
+        if request.only:
+            raise BenchError("--only chooses what runs, --table shows everything; leave one of them out")
         records = read_records(request.table)
         return _show(request, request.table, records, survey(protocol, records) if protocol else None)
     if protocol is None:
@@ -101,6 +105,8 @@ def run_request(request: BenchRequest, progress: Progress, say: Callable[[str], 
     if request.list_cells:
         records = read_records(out) if out.exists() else []
         return _listed(survey(protocol, records, place).only(request.only), records, place)
+    if request.into:
+        check_page(request.into, out.stem)
     found = run_bench(protocol, place, out, only=request.only, redo=request.redo, progress=progress, say=say)
     return _show(request, out, read_records(out) if out.exists() else [], found)
 
@@ -110,14 +116,14 @@ def _show(request: BenchRequest, file: Path, records: list[Record], found: Surve
     if request.into:
         write_into(request.into, file.stem, text)
     pictures = draw(records, request.plot, file.stem) if request.plot else []
-    failed = [record for record in records if record.get("failed")]
+    failed = request.table is None and found is not None and any(e.state == FAILED for e in found.entries)
     content = {
         "results": str(file),
         "cells": records,
         "missing": found.missing() if found else None,
         "pictures": [str(picture) for picture in pictures],
     }
-    return Answer(text, content, failed=bool(failed) and request.table is None)
+    return Answer(text, content, failed)
 
 
 def _listed(found: Survey, records: list[Record], place: Place) -> Answer:

@@ -9,10 +9,9 @@ from dataclasses import fields
 from typing import Any
 
 from dscore_plugin.jobs import Choice, Source
-from dscore_plugin.training.config import TrainingConfig
+from dscore_plugin.training.config import NO_EFFECT, TrainingConfig
 
 _OPTION_NAMES = {"table": "sensitivity"}
-NO_EFFECT = ("validate_every", "workers", "track")  # fields of TrainingConfig that change no weight
 _PAIRS = {"criterion_options": "criterion-option", "model_args": "model-arg"}
 
 

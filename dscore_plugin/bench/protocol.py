@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from dscore_plugin.errors import BenchError, DScoreError, did_you_mean
 from dscore_plugin.files import read_json
@@ -21,7 +22,11 @@ POOLS = ("ours", "all")
 SCORING_FIELDS = ("criterion", "criterion_options", "calibration_images", "layers")
 NO_OPTIONS = ("momentum", "nesterov", "gamma", "warmup_epochs", "seed")  # not to be had by a cell's command
 ROW_FIELDS = (*SCORING_FIELDS, "granularity", "min_channels", "round_to")
+_NOT_OF_ROWS = frozenset(item.name for item in fields(Choice)) - frozenset(ROW_FIELDS)
 _Kind = TypeVar("_Kind")
+_WORDS: dict[Any, str] = {
+    str: "text", bool: "true or false", int: "a whole number", float: "a number", Mapping: "an object",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,54 +123,88 @@ def load_protocol(path: str | Path) -> Protocol:
     content = read_json(path)
     if not isinstance(content, dict):
         raise BenchError(f"{path} holds a {type(content).__name__}; expected an object (docs/benchmark.md)")
-    blocks = tuple(_block(entry, str(path)) for entry in _list(content, "blocks", str(path)))
-    protocol: Protocol = _read(Protocol, {**content, "blocks": blocks, "folder": path.parent}, str(path))
     try:
+        blocks = tuple(_block(entry) for entry in _list(content, "blocks"))
+        read = {**content, "blocks": blocks, "folder": path.parent}
+        protocol: Protocol = _read(Protocol, read, "the protocol")
         _check(protocol)
     except DScoreError as error:
         raise BenchError(f"{path}: {error}") from error
     return protocol
 
 
-def _block(content: Any, where: str) -> Block:
+def _block(content: Any) -> Block:
     if not isinstance(content, dict):
-        raise BenchError(f"{where} has a block that is no object: {content!r}")
-    rows = tuple(
-        entry if isinstance(entry, str) else _read(Best, _renamed(entry, where), where)
-        for entry in _list(content, "rows", where)
-    )
-    lists = {
-        name: tuple(content[name]) for name in ("target_macs", "seeds", "allocations") if name in content
+        raise BenchError(f"the block {content!r} is no object")
+    given = {
+        name: _list(content, name) for name in ("target_macs", "seeds", "allocations") if name in content
     }
-    return _read(Block, {**content, **lists, "rows": rows}, where)
+    rows = tuple(entry if isinstance(entry, str) else _best(entry) for entry in _list(content, "rows"))
+    return _read(Block, {**content, **given, "rows": rows}, f"the block {content.get('name')!r}")
 
 
-def _list(content: Mapping[str, Any], name: str, where: str) -> Sequence[Any]:
+def _list(content: Mapping[str, Any], name: str) -> tuple[Any, ...]:
     value = content.get(name)
     if not isinstance(value, list) or not value:
-        raise BenchError(f"{where} needs {name!r}, a list that is not empty; got {value!r}")
-    return value
+        raise BenchError(f"{name}={value!r} is not valid; expected a list that is not empty")
+    return tuple(value)
 
 
-def _renamed(entry: Any, where: str) -> dict[str, Any]:
+def _best(entry: Any) -> Best:
     if not isinstance(entry, dict):
-        raise BenchError(f'{where} has the row {entry!r}; expected a name, or {{"best": 3, "of": "ours"}}')
-    return {"source" if key == "from" else key: value for key, value in entry.items()}
+        raise BenchError(f'the row {entry!r} is not valid; expected a name, or {{"best": 3, "of": "ours"}}')
+    return _read(Best, {"source" if key == "from" else key: value for key, value in entry.items()}, "the row")
 
 
-def _read(kind: type[_Kind], content: Mapping[str, Any], where: str) -> _Kind:
-    """Build a dataclass from an object of JSON; refuse unknown and missing fields."""
-    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
-    for name in content:
-        if name not in known:
-            raise BenchError(
-                f"{where}: {kind.__name__.lower()} has no field {name!r}{did_you_mean(name, known)}"
-            )
-    needed = [n for n, item in known.items() if item.default is MISSING and item.default_factory is MISSING]
+def _read(kind: type[_Kind], content: Mapping[str, Any], what: str, but: Collection[str] = ()) -> _Kind:
+    """Build a dataclass from an object of JSON; refuse what :func:`_check_fields` refuses, and missing fields."""
+    _check_fields(kind, content, what, but)
+    needed = [
+        item.name
+        for item in fields(kind)  # type: ignore[arg-type]
+        if item.default is MISSING and item.default_factory is MISSING
+    ]
     missing = [name for name in needed if name not in content]
     if missing:
-        raise BenchError(f"{where}: {kind.__name__.lower()} lacks {' and '.join(map(repr, missing))}")
+        raise BenchError(f"{what} lacks {' and '.join(map(repr, missing))}")
     return kind(**content)
+
+
+def _check_fields(kind: type[Any], content: Mapping[str, Any], what: str, but: Collection[str]) -> None:
+    """Refuse fields that a dataclass does not have, or that are named here, and values of other types."""
+    known = {name: hint for name, hint in get_type_hints(kind).items() if name not in but}
+    for name, value in content.items():
+        if name not in known:
+            raise BenchError(f"{what} has no field {name!r}{did_you_mean(name, known)}")
+        hint = _without_none(known[name])
+        if not _fits(value, hint):
+            got = "null" if value is None else repr(value)
+            raise BenchError(f"{what} has {name}={got}; expected {_describe(hint)}, or no such field")
+
+
+def _without_none(hint: Any) -> Any:
+    """Return what a field holds where it holds something: ``null`` is no value of a protocol, as no option says it."""
+    parts = get_args(hint)
+    return next(part for part in parts if part is not NoneType) if NoneType in parts else hint
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON, or one made of it, is of the type of a field."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple)) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)  # which one, the dataclass checks itself
+    if isinstance(value, bool):
+        return hint is bool
+    if get_origin(hint) is Mapping:
+        return isinstance(value, Mapping)
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"a list, each {_describe(get_args(hint)[0])}"
+    return _WORDS.get(get_origin(hint) or hint, "text")
 
 
 def _check(protocol: Protocol) -> None:
@@ -174,21 +213,22 @@ def _check(protocol: Protocol) -> None:
     if len(set(names)) < len(names):
         raise BenchError(f"blocks need names of their own; got {', '.join(names)}")
     for row, settings in protocol.rows.items():
-        unknown = [name for name in settings if name not in ROW_FIELDS]
-        if unknown:
-            raise BenchError(f"row {row!r} has no field {unknown[0]!r}{did_you_mean(unknown[0], ROW_FIELDS)}")
-    Analysis(**protocol.analysis)
+        if not isinstance(settings, dict):
+            raise BenchError(
+                f"the row {row!r} is {settings!r}; expected an object of {', '.join(ROW_FIELDS)}"
+            )
+        _check_fields(Choice, settings, f"the row {row!r}", but=_NOT_OF_ROWS)
+    _read(Analysis, protocol.analysis, "the analysis")
     for block in protocol.blocks:
         _check_block(protocol, block)
 
 
 def _check_block(protocol: Protocol, block: Block) -> None:
-    settings = {**protocol.training, **block.training}
-    known = [item.name for item in fields(TrainingConfig) if item.name not in NO_OPTIONS]
-    for name in settings:
-        if name not in known:
-            raise BenchError(f"the training takes no field {name!r}{did_you_mean(name, known)}")
-    training = TrainingConfig(**settings)
+    training = _read(TrainingConfig, {**protocol.training, **block.training}, "the training", NO_OPTIONS)
+    for seed in block.seeds:
+        replace(training, seed=seed)
+    for target in block.target_macs:
+        Choice(target_macs=target).check()
     if block.rounds < 1 or (block.rounds > 1) != (block.round_epochs > 0):
         raise BenchError(f"block {block.name!r} needs rounds of 2 or more with round_epochs, or neither")
     if training.epochs <= (block.rounds - 1) * block.round_epochs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,20 @@ from dscore_plugin.bench.cells import Cell, Place
 from dscore_plugin.bench.hardware import hardware_name
 from dscore_plugin.errors import BenchError
 from dscore_plugin.files import read_json, write_json
+from dscore_plugin.training.config import TrainingConfig
 from dscore_plugin.training.precision import choose_precision
 
 Record = dict[str, Any]
+Options = frozenset[str]
 STAGES = ("pruned", "recalibrated", "finetuned")
 NEEDED = (
     "id", "row", "model", "criterion", "granularity", "allocation", "target_macs", "macs_kept", "seed", "epochs",
     "rounds", "distill", "weights", "top1_dense", *(f"top1_{stage}" for stage in STAGES), "hardware", "command",
 )  # fmt: skip
+_ASIDE = ("model", "weights", "target-macs", "seed", "out", "sensitivity")  # options: fields, or paths
+_SCHEDULE = {item.name.replace("_", "-") for item in fields(TrainingConfig)} | {
+    "data", "rounds", "round-epochs", "no-recalibrate",
+}  # fmt: skip
 
 
 def finished_record(
@@ -98,6 +105,26 @@ def add_records(path: Path, records: Iterable[Record]) -> None:
 def key(record: Mapping[str, Any]) -> tuple[str, str]:
     """Return what tells records apart: the cell, and the weights it began with."""
     return record["id"], record["weights"]["sha256"]
+
+
+def options(record: Record) -> Options:
+    """Return what a record's command asks for, such as ``"mixup 0.2"``: the same for runs that may be compared.
+
+    The network, the target and the seed have fields of their own; they and all paths are left out.
+    """
+    written = str(record["command"]).split(" --")[1:]
+    without_path = (text.partition(":")[0] if text.startswith("data ") else text for text in written)
+    return frozenset(option for option in without_path if name_of(option) not in _ASIDE)
+
+
+def schedule(found: Options) -> Options:
+    """Return those of some options that belong to the training, not to the choice of what leaves."""
+    return frozenset(words for words in found if name_of(words) in _SCHEDULE)
+
+
+def name_of(option: str) -> str:
+    """Return the name of an option, without its value."""
+    return option.partition(" ")[0]
 
 
 def finished(records: Iterable[Record]) -> list[Record]:

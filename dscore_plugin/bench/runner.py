@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 from dscore_plugin.analysis_runs import run_sensitivity
 from dscore_plugin.bench.cells import Cell, Place
@@ -16,21 +18,22 @@ from dscore_plugin.bench.records import (
     Record,
     add_records,
     failed_record,
-    finished,
     finished_record,
     key,
     read_records,
 )
-from dscore_plugin.bench.survey import FAILED, UNFIT, Survey, seconds_left, survey
-from dscore_plugin.errors import BenchError
+from dscore_plugin.bench.survey import UNFIT, Survey, seconds_left, survey
+from dscore_plugin.errors import ArtifactError, TrainingError
 from dscore_plugin.files import read_json, write_json, write_text
 from dscore_plugin.pipeline import run_prune
 from dscore_plugin.training.progress import Progress
 
 Say = Callable[[str], None]
+_Result = TypeVar("_Result")
 
 _RESULTS = "results"  # what the lock on the results file is called
 _PATIENCE = 5.0  # seconds between two looks at what other processes are doing
+_PLACES = ("weights", "data", "device", "table")  # of a run: they may change while it is interrupted
 
 
 def run_bench(
@@ -46,9 +49,10 @@ def run_bench(
     """Run every cell that has no numbers yet, and write each one's record when it is finished.
 
     A run that was killed at any time goes on where it was: finished cells are read from ``out`` and from the work
-    folder, an unfinished one continues from its last epoch. A cell that fails is recorded with its reason, the
-    others go on; the next run tries it again. Several processes that share ``out`` and the work folder share the
-    cells, too: each takes one that no other is measuring, and waits at the end for what hangs on the others' cells.
+    folder, an unfinished one continues from its last epoch, or starts over where it cannot be continued. A cell that
+    fails is recorded with its reason, the others go on; the next run tries it again. Several processes that share
+    ``out`` and the work folder share the cells, too: each takes one that no other is measuring or has measured
+    since this run began, and waits at the end for what hangs on the others' cells.
 
     Args:
         protocol: what to run.
@@ -66,14 +70,14 @@ def run_bench(
         DScoreError: on bad input, before any work starts.
     """
     _check(protocol, place)
-    failed_before = _failed(survey(protocol, _read(out), place).only(only))
+    survey(protocol, _read(out), place).only(only)
+    before, waiting = _stamps(place), False
     records = _adopt(place, out)
-    tried, waiting = set[str](), False
     while True:
-        now = survey(protocol, records, place).only(only)
+        now, stamps = survey(protocol, records, place).only(only), _stamps(place)
         wanted = [entry.cell for entry in now.entries if entry.state != UNFIT] if redo else now.left
-        done_with = tried | (_failed(now) - failed_before)  # another process has just failed in the same way
-        cells = [cell for cell in wanted if cell.id not in done_with]
+        names = [_cell_file(cell, place).name for cell in wanted]
+        cells = [c for c, name in zip(wanted, names, strict=True) if stamps.get(name) == before.get(name)]
         if not cells:
             return now
         with first_free(cells, place) as cell:
@@ -82,11 +86,10 @@ def run_bench(
                     say(f"waiting for other processes, which measure what is left: {len(cells)} cells")
                 waiting = True
                 time.sleep(_PATIENCE)
-            elif redo or not _has_numbers(cell, place, out):  # it may have got them since the survey
+            elif _stamps(place) == stamps:  # else it may have been measured since the survey
                 say(f"{cell.name}; cells to go: {len(cells)}, {time_left(seconds_left(cells, records))}")
                 if redo:
                     _forget(cell, place)
-                tried.add(cell.id)
                 waiting = False
                 _write(_attempt(cell, place, progress, say), cell, place, out)
         records = _adopt(place, out)
@@ -104,10 +107,7 @@ def time_left(seconds: float | None) -> str:
 
 def _check(protocol: Protocol, place: Place) -> None:
     """Refuse what would make every cell fail."""
-    if place.data.partition(":")[0] != protocol.data:
-        raise BenchError(f"{protocol.name} is measured on {protocol.data}; got the data {place.data!r}")
-    if not place.weights.is_file():
-        raise BenchError(f"{place.weights} is missing; expected the weights of {protocol.model}")
+    place.check(protocol)
     seed = protocol.blocks[0].seeds[0]
     source = place.source(protocol.model, seed)
     source.build(source.load_images())
@@ -135,12 +135,10 @@ def _write(record: Record, cell: Cell, place: Place, out: Path) -> None:
         add_records(out, [record])
 
 
-def _has_numbers(cell: Cell, place: Place, out: Path) -> bool:
-    return any(key(record) == (cell.id, place.digest) for record in finished(_adopt(place, out)))
-
-
-def _failed(found: Survey) -> set[str]:
-    return {entry.cell.id for entry in found.entries if entry.state == FAILED}
+def _stamps(place: Place) -> dict[str, tuple[int, int]]:
+    """Return for every cell that was measured in this work folder what changes when any process measures it again."""
+    found = [(file.name, file.stat()) for file in (place.work / "cells").glob("*.json")]
+    return {name: (state.st_ino, state.st_mtime_ns) for name, state in found}
 
 
 def _attempt(cell: Cell, place: Place, progress: Progress | None, say: Say) -> Record:
@@ -168,7 +166,7 @@ def _run(cell: Cell, place: Place, progress: Progress | None, say: Say) -> Recor
         metrics = read_json(job.out / "metrics.json")
         shutil.rmtree(job.work, ignore_errors=True)
     else:
-        metrics = run_prune(job, progress, say)
+        metrics = _go_on(job.work, job.identity(), lambda: run_prune(job, progress, say), say)
     return finished_record(
         cell,
         place,
@@ -182,17 +180,58 @@ def _run(cell: Cell, place: Place, progress: Progress | None, say: Say) -> Recor
 def _measure_table(cell: Cell, place: Place, progress: Progress | None, say: Say) -> float | None:
     """Measure the sensitivity table of a cell unless another cell has done so; return its seconds, if known."""
     folder = cell.table_folder(place)
-    note = folder.with_name(folder.name + ".seconds.json")
+    note, work = folder.with_name(folder.name + ".seconds.json"), folder.with_name(folder.name + ".work")
     if not folder.exists():
-        fresh, started = not folder.with_name(folder.name + ".work").exists(), time.perf_counter()
-        source = place.source(cell.protocol.model, cell.table_seed)
+        fresh, started = not work.exists(), time.perf_counter()
+        source, choice = place.source(cell.protocol.model, cell.table_seed), cell.table_choice()
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_json(note, {"seconds": None})
-        run_sensitivity(source, cell.table_choice(), folder, resume=True, progress=progress, say=say)
+        _go_on(
+            work,
+            {"source": asdict(source), "choice": asdict(choice)},
+            lambda: run_sensitivity(source, choice, folder, resume=True, progress=progress, say=say),
+            say,
+        )
         if fresh:
             write_json(note, {"seconds": round(time.perf_counter() - started, 1)})
     found: float | None = read_json(note)["seconds"] if note.exists() else None
     return found
+
+
+def _go_on(work: Path, identity: Mapping[str, Any], run: Callable[[], _Result], say: Say) -> _Result:
+    """Run what may have been interrupted; start over where that cannot be continued.
+
+    The names of work folders hold the cell and the weights: what lies there is the same run, begun by this version or
+    another one, with its files here or elsewhere, on this hardware or other.
+    """
+    begun = work.exists()
+    try:
+        _relocate(work / "job.json", identity)
+        return run()
+    except (ArtifactError, TrainingError) as error:
+        disk_failed = isinstance(error.__cause__, OSError)  # no reason to lose what is there
+        if not begun or disk_failed:
+            raise
+        say(f"{work.stem} cannot be continued: {str(error).partition(';')[0]}; starting over")
+    shutil.rmtree(work, ignore_errors=True)
+    return run()
+
+
+def _relocate(note: Path, identity: Mapping[str, Any]) -> None:
+    """Write the present places into the note of an interrupted run."""
+    if note.exists():
+        write_json(note, _with_places(read_json(note), identity))
+
+
+def _with_places(before: Any, now: Any) -> Any:
+    if isinstance(before, dict) and isinstance(now, Mapping):
+        return {
+            name: now.get(name) if name in _PLACES else _with_places(value, now.get(name))
+            for name, value in before.items()
+        }
+    if isinstance(before, list) and isinstance(now, (list, tuple)) and len(before) == len(now):
+        return [_with_places(*pair) for pair in zip(before, now, strict=True)]
+    return before
 
 
 def _cell_file(cell: Cell, place: Place) -> Path:

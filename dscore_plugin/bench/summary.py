@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from dscore_plugin.bench.records import STAGES, Record, finished
+from dscore_plugin.bench.records import STAGES, Options, Record, finished, name_of, options, schedule
 from dscore_plugin.bench.survey import Survey
 from dscore_plugin.errors import BenchError
 from dscore_plugin.files import write_text
@@ -18,6 +19,7 @@ _HEADINGS = (
     "speed-up, batch 1", "speed-up, batch 64", "scoring (s)",
 )  # fmt: skip
 _NONE = "–"
+_SAID = ("granularity", "epochs", "rounds", "round-epochs", "distill")  # options: in label or title
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class Group:
 
     Attributes:
         model: the network.
+        weights: their SHA-256.
         target_macs: share of the MACs to keep.
         epochs: of fine-tuning.
         lines: the best after fine-tuning first.
     """
 
     model: str
+    weights: str
     target_macs: float
     epochs: int
     lines: tuple[Line, ...]
@@ -76,13 +80,42 @@ class Group:
         return float(self.lines[0].records[0]["top1_dense"])
 
 
+class _Kind(NamedTuple):
+    """What all records of a line have in common, and the lines of other targets beside it in a curve."""
+
+    network: tuple[str, str, int]
+    row: str
+    allocation: str
+    label: str
+    options: Options
+
+    @classmethod
+    def of(cls, record: Record) -> _Kind:
+        network = (record["model"], record["weights"]["sha256"], record["epochs"])
+        return cls(network, record["row"], record["allocation"], _label(record), options(record))
+
+    def label_among(self, kinds: Collection[_Kind]) -> str:
+        """Return the label with the options that set it apart from all that it is, or could be, compared with."""
+        comparable = [kind for kind in kinds if kind.network == self.network]
+        of_row = [kind for kind in comparable if kind[:3] == self[:3]]
+        alike = [kind for kind in of_row if kind.label == self.label]
+        apart = self._apart_from(of_row) | schedule(self._apart_from(comparable))
+        named = {option for option in apart if name_of(option) not in _SAID} | self._apart_from(alike)
+        words = sorted(option.removeprefix("criterion-option ") for option in named)
+        return _with_words(self.label, words)
+
+    def _apart_from(self, kinds: Collection[_Kind]) -> Options:
+        return self.options - frozenset.intersection(*(kind.options for kind in kinds))
+
+
 def group_records(records: Sequence[Record]) -> list[Group]:
     """Sort finished records into groups and lines, in the order of the file."""
-    groups: dict[tuple[str, str, float, int], list[Record]] = {}
+    groups: dict[tuple[str, str, float, int], dict[_Kind, list[Record]]] = {}
     for record in finished(records):
         name = (record["model"], record["weights"]["sha256"], record["target_macs"], record["epochs"])
-        groups.setdefault(name, []).append(record)
-    return [Group(name[0], name[2], name[3], _lines(found)) for name, found in groups.items()]
+        groups.setdefault(name, {}).setdefault(_Kind.of(record), []).append(record)
+    kinds = {kind for found in groups.values() for kind in found}
+    return [Group(*name, _lines(found, kinds)) for name, found in groups.items()]
 
 
 def tables(records: Sequence[Record], asked: Survey | None = None) -> str:
@@ -105,13 +138,23 @@ def write_into(page: Path, name: str, text: str) -> None:
     Raises:
         BenchError: if the page or the markers are missing.
     """
+    before, after = check_page(page, name)
+    write_text(page, f"{before}\n\n{text}\n\n{after}")
+
+
+def check_page(page: Path, name: str) -> tuple[str, str]:
+    """Return a page up to the first of the markers of :func:`write_into`, and from the second on.
+
+    Raises:
+        BenchError: if the page or the markers are missing.
+    """
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     content = page.read_text(encoding="utf-8") if page.is_file() else ""
     before, found, rest = content.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise BenchError(f"{page} has no place for the tables; expected the lines {begin} and {end}")
-    write_text(page, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    return before + begin, end + after
 
 
 def draw(records: Sequence[Record], folder: Path, stem: str) -> list[Path]:
@@ -132,9 +175,9 @@ def draw(records: Sequence[Record], folder: Path, stem: str) -> list[Path]:
     groups = group_records(records)
     if not groups:
         raise BenchError("there is nothing to draw: no cell is finished")
-    drawn, several = [], dict[tuple[str, int], list[Group]]()
+    drawn, several = [], dict[tuple[str, str, int], list[Group]]()
     for number, group in enumerate(groups, start=1):
-        several.setdefault((group.model, group.epochs), []).append(group)
+        several.setdefault((group.model, group.weights, group.epochs), []).append(group)
         name = f"{stem}_bars" + (f"_{number}" if len(groups) > 1 else "")
         drawn.append(plot_bars(_bars(group), folder / name, dense=group.dense, title=group.title)[0])
     for number, same in enumerate(several.values(), start=1):
@@ -145,11 +188,11 @@ def draw(records: Sequence[Record], folder: Path, stem: str) -> list[Path]:
     return drawn
 
 
-def _lines(records: Sequence[Record]) -> tuple[Line, ...]:
-    found: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        found.setdefault((_label(record), record["allocation"]), []).append(record)
-    lines = [Line(*name, tuple(sorted(of, key=lambda r: r["seed"]))) for name, of in found.items()]
+def _lines(found: Mapping[_Kind, Sequence[Record]], kinds: Collection[_Kind]) -> tuple[Line, ...]:
+    lines = [
+        Line(kind.label_among(kinds), kind.allocation, tuple(sorted(records, key=lambda r: r["seed"])))
+        for kind, records in found.items()
+    ]
     return tuple(sorted(lines, key=lambda line: -line.mean("top1_finetuned")))
 
 
@@ -157,7 +200,14 @@ def _label(record: Record) -> str:
     apart = [] if record["granularity"] == "channel" else [f"{record['granularity']}s"]
     apart += [f"{record['rounds']} rounds"] if record["rounds"] > 1 else []
     apart += ["distilled"] if record["distill"] else []
-    return record["row"] + (f" ({', '.join(apart)})" if apart else "")
+    return _with_words(record["row"], apart)
+
+
+def _with_words(label: str, words: Sequence[str]) -> str:
+    """Add words in brackets to a label that may have some."""
+    if not words:
+        return label
+    return f"{label[:-1]}, {', '.join(words)})" if label.endswith(")") else f"{label} ({', '.join(words)})"
 
 
 def _table(group: Group) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dscore_plugin.criteria.precision import full_precision
 from dscore_plugin.errors import CriterionError
 
 _NOT_FINITE = "the weights hold NaN or infinity; no filter can be ranked: check the checkpoint"
@@ -136,9 +137,9 @@ def summed_distances(points: Tensor, tile: int = 128) -> Tensor:
         # one tile of rows against everything to its right, in place: it stays in the cache
         end = start + tile
         distance = square[:, start:end, None] + square[:, None, start:]
-        distance.baddbmm_(points[:, start:end], points[:, start:].transpose(1, 2), alpha=-2).clamp_(
-            min=0
-        ).sqrt_()
+        with full_precision(points.device.type):
+            distance.baddbmm_(points[:, start:end], points[:, start:].transpose(1, 2), alpha=-2)
+        distance.clamp_(min=0).sqrt_()
         distance.diagonal(dim1=1, dim2=2).zero_()  # rounding leaves a filter at a small distance from itself
         distance = distance.to(total.dtype)
         total[:, start:end] += distance.sum(dim=2)

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from dscore_plugin.criteria.precision import full_precision
 from dscore_plugin.errors import CriterionError
 
 Statistic = Literal["v", "u"]
@@ -205,7 +205,7 @@ class ClassDistances:
         order = self._order.to(features.device)
         exact = len(order) <= _FEW or features.dtype == torch.float64
         width = max(1, _PIECE // (len(order) * (2 if exact else 1)))
-        with torch.no_grad(), _full_precision(features.device.type):
+        with torch.no_grad(), full_precision(features.device.type):
             for piece in features.split(width, dim=1):
                 rows = piece.index_select(0, order).to(torch.float64 if exact else torch.float32)
                 self._add(rows.sub_(rows.mean(dim=0)))
@@ -336,18 +336,6 @@ def _add_squares(
         rows, first = slice(start, start + _ROWS), start if upper else 0
         block = (a[rows] @ b[first:].T).double().mul_(-2)
         total[rows, first:] += block.add_(norms_a[rows, None]).add_(norms_b[first:])
-
-
-@contextmanager
-def _full_precision(device: str) -> Iterator[None]:
-    """Multiply float32 matrices as float32: no autocast, no TF32, no bfloat16 behind the user's back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _check_exponent(exponent: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#5
 VERMILION, BLUE = COLOURS[1:3]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "dscore-plugin", "font.size": 9}
+
+
+def can_draw() -> bool:
+    """Say whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.costs import count
 from dscore_plugin.report.numbers import file_sizes
 from dscore_plugin.selection.coarse import used_convolutions
@@ -35,7 +36,7 @@ def kernel_numbers(
         of one image; with a folder also ``"bytes": {"physical", "stored"}``: of all tensors in memory, and of the
         artifact's weights on disk.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = as_arguments(example_inputs)
     macs, params = count(model, inputs)
     lost_macs = lost_params = kernels = live = 0
     for convolution in used_convolutions(model, inputs):

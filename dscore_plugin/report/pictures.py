@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from dscore_plugin.plan import Plan
 from dscore_plugin.report.coarse_plot import plot_best_so_far
+from dscore_plugin.report.drawing import can_draw
 from dscore_plugin.report.energy_plot import plot_energy
 
 
@@ -21,7 +21,7 @@ def draw_pictures(plan: Plan, folder: Path, suffix: str = "") -> list[str]:
     Returns:
         The names of the PNGs.
     """
-    if find_spec("matplotlib") is None:
+    if not can_draw():
         return []
     drawn = []
     if plan.made_by.get("clusters"):

@@ -29,6 +29,8 @@ _SCATTERED = (
     "speed-ups; measure again with `dscore evaluate` on a quiet machine."
 )
 
+_CHOSEN_BY_TEST = ", which the ratios therefore know: do not compare top-1 with that of other runs"
+
 
 def metrics_table(metrics: Metrics, title: str | None = None) -> Table:
     """Arrange the metrics as a rich table: one row for each stage, ratios to the dense network in brackets.
@@ -71,7 +73,7 @@ def report_markdown(
     sizes: Mapping[str, int] | None = None,
     dense_bytes: int | None = None,
     command: str | None = None,
-    folder: str = "FOLDER",
+    folder: str | None = "FOLDER",
 ) -> str:
     """Write ``report.md``: what was pruned and how, the numbers before and after, how to load it again.
 
@@ -81,7 +83,7 @@ def report_markdown(
         sizes: bytes of each file of the artifact.
         dense_bytes: bytes of the dense network's weights, to compare with.
         command: the command line that made the artifact.
-        folder: the artifact, as the sentence on loading names it.
+        folder: the artifact, as the section on loading names it; None leaves the section out.
 
     Returns:
         Markdown, ending in a line break.
@@ -95,7 +97,7 @@ def report_markdown(
         _layers(structure["modules"]),
         _files(sizes, dense_bytes),
         f"## Command\n\n```\n{command}\n```" if command else "",
-        "## Load it again\n\n" + _loading(structure, folder),
+        "## Load it again\n\n" + _loading(structure, folder) if folder is not None else "",
         "## Versions\n\n" + _list(structure["versions"].items()),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -241,8 +243,14 @@ def _one_plan(title: str, plan: Mapping[str, Any]) -> str:
         before, removed = widths.get(removal.layer), len(removal.indices)
         left = f"{before} → {before - removed}" if before is not None else _NONE
         rows.append([f"`{removal.layer}`", left, str(removed)])
-    made_by = _list((plan.get("made_by") or {}).items())
-    return "\n\n".join([title, *filter(None, [made_by, _markdown_table(rows) if removals else ""])])
+    made_by = {**(plan.get("made_by") or {})}
+    if measured := made_by.get("sensitivity"):
+        made_by["sensitivity"] = f"measured on {measured['images']} {measured['protocol']} images"
+        if measured["protocol"] == "test":
+            made_by["sensitivity"] += _CHOSEN_BY_TEST
+    return "\n\n".join(
+        [title, *filter(None, [_list(made_by.items()), _markdown_table(rows) if removals else ""])]
+    )
 
 
 def _layers(modules: Mapping[str, Mapping[str, Any]]) -> str:

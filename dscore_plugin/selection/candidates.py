@@ -26,10 +26,11 @@ from dscore_plugin.masking import Masks
 from dscore_plugin.plan import fingerprint
 from dscore_plugin.selection.folding import fold_batchnorm as folded_copy
 from dscore_plugin.selection.journal import Journal
-from dscore_plugin.selection.measurement import first_images
+from dscore_plugin.selection.measurement import first_images, placed
 from dscore_plugin.selection.processes import Processes
 from dscore_plugin.selection.replay import Recording, Replay
 from dscore_plugin.training.evaluation import check_logits, require_images
+from dscore_plugin.training.precision import set_memory_format
 from dscore_plugin.training.progress import Advance, NoProgress, Progress
 
 if TYPE_CHECKING:
@@ -441,16 +442,11 @@ class _Bench:
             if sum(stop - start for start, stop in self._loaded) + last - first > self._at_once:
                 self._loaded.clear()
             batches = [
-                self._batch(start, min(start + self._batch_size, last))
-                for start in range(first, last, self._batch_size)
+                placed(self._images.__getitems__(part.tolist()), self._like)
+                for part in self._order[first:last].split(self._batch_size)
             ]
             self._loaded[first, last] = _Piece(batches, self._recorded(batches))
         return self._loaded[first, last]
-
-    def _batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        inputs, labels = self._images.__getitems__(self._order[start:stop].tolist())
-        layout = torch.channels_last if inputs.ndim == 4 else torch.preserve_format
-        return inputs.to(self._like, memory_format=layout), labels.to(self._like.device)
 
     def _recorded(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Recording | None]:
         """Compute once what no mask changes; None for each batch where replaying it gives other outputs."""
@@ -467,7 +463,8 @@ def _prepared(model: nn.Module, images: ImageSet, options: Options) -> nn.Module
         like = next((p for p in copied.parameters() if p.is_floating_point()), torch.empty(0))
         with suppress(ModelError):  # one that cannot be folded is slower, and gives no other result
             copied = folded_copy(copied, first_images(images, 2)[0].to(like))
-    return copied.to(memory_format=torch.channels_last)
+    set_memory_format(copied, torch.channels_last)
+    return copied
 
 
 def _identity(model: nn.Module, pools: Sequence[Pool], images: ImageSet, options: Options) -> dict[str, Any]:

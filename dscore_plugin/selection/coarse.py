@@ -19,13 +19,14 @@ from dscore_plugin.groups import ChannelGroup, Role, ScoredGroup, removal_count
 from dscore_plugin.loading import load_object
 from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.plan import KernelRemoval, LayerRow, Plan, fingerprint
-from dscore_plugin.registry import get_criterion, list_criteria
+from dscore_plugin.registry import CriterionInfo, get_criterion, list_criteria
 from dscore_plugin.selection.allocation import Counts
 from dscore_plugin.selection.budget import check_fraction
 from dscore_plugin.selection.candidates import Options, Pool, Search, search
 from dscore_plugin.selection.selector import Graph, Request
 
 UNIFORM = "uniform"
+UNITS = ("channel", "kernel")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -119,8 +120,7 @@ class CoarseSelector:
     ) -> None:
         if selection_images is not None and selection_images < 1:
             raise BudgetError(f"selection_images must be at least 1, or None for all; got {selection_images}")
-        if proposal != UNIFORM:
-            _check_proposal(proposal)
+        _check_proposal(proposal, *UNITS)
         self._proposal = proposal
         self._images = selection_images
         self._skips = {"skip_first": skip_first, "skip_linear": skip_linear}
@@ -132,6 +132,18 @@ class CoarseSelector:
             "fold_batchnorm": fold_batchnorm,
         }
         self._search_options(0).check()
+
+    def check(self, granularity: str) -> None:
+        """Refuse a granularity that is neither ``"channel"`` nor ``"kernel"``, or that the proposal cannot score.
+
+        Raises:
+            CriterionError: if it is so.
+        """
+        if granularity not in UNITS:
+            raise CriterionError(
+                f"coarse pruning removes channels or kernels; got the granularity {granularity!r}"
+            )
+        _check_proposal(self._proposal, granularity)
 
     def select(self, model: nn.Module, data: ImageData, request: Request) -> Plan:
         """Choose what leaves ``model``; it is not touched.
@@ -146,13 +158,10 @@ class CoarseSelector:
             BudgetError: if the goal cannot be met, or nothing would leave.
             ModelError: if nothing can be pruned.
         """
+        self.check(request.granularity)
         if request.granularity == "channel":
             return self._select_channels(model, data, request)
-        if request.granularity == "kernel":
-            return self._select_kernels(model, data, request)
-        raise CriterionError(
-            f"coarse pruning removes channels or kernels; got the granularity {request.granularity!r}"
-        )
+        return self._select_kernels(model, data, request)
 
     def _select_channels(self, model: nn.Module, data: ImageData, request: Request) -> Plan:
         graph = request.trace(model)
@@ -231,15 +240,10 @@ class CoarseSelector:
     def _scored(self, graph: Graph, group: ChannelGroup, request: Request) -> ScoredGroup:
         if self._proposal == UNIFORM:
             return ScoredGroup(group, torch.zeros(group.units, dtype=torch.float64))
-        info = get_criterion(self._proposal)
-        if info.kind != "score" or "channel" not in info.granularity:
-            raise CriterionError(
-                f"the proposal {info.name!r} scores no channels by weights alone; use 'uniform'"
-            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(request.seed)  # for criteria that draw random numbers
             scorer: ScoringGraph = graph  # type: ignore[assignment]
-            scored = scorer.score(group, info.build())
+            scored = scorer.score(group, get_criterion(self._proposal).build())
         if scored is None:
             raise CriterionError(
                 f"the proposal {self._proposal!r} cannot score {group.name!r}; use 'uniform'"
@@ -252,8 +256,6 @@ class CoarseSelector:
         if self._proposal == UNIFORM:
             return {}
         info = get_criterion(self._proposal)
-        if not info.kernel_scores:
-            raise CriterionError(f"the proposal {info.name!r} scores no kernels; use 'uniform'")
         scores = load_object(info.kernel_scores)(model, example_inputs)
         missing = next((c.name for c in chosen if c.name not in scores), None)
         if missing is not None:
@@ -331,13 +333,19 @@ def channel_weights_removed(
     return 1 - left / dense if dense else 0.0
 
 
-def _check_proposal(name: str) -> None:
-    info = get_criterion(name)
-    if info.kind != "score" and not info.kernel_scores:
-        usable = [i.name for i in list_criteria(lambda i: i.kind == "score" and not i.baseline)]
-        raise CriterionError(
-            f"the proposal {name!r} does not score by weights alone; use 'uniform' or one of {', '.join(usable)}"
-        )
+def _check_proposal(name: str, *units: str) -> None:
+    """Make sure that a proposal scores one of these units by weights alone."""
+    if name == UNIFORM or any(_scores(get_criterion(name), unit) for unit in units):
+        return
+    usable = list_criteria(lambda info: not info.baseline and any(_scores(info, unit) for unit in units))
+    raise CriterionError(
+        f"the proposal {name!r} does not score {' or '.join(f'{unit}s' for unit in units)} by weights alone; use "
+        f"'uniform' or one of {', '.join(info.name for info in usable)}"
+    )
+
+
+def _scores(info: CriterionInfo, unit: str) -> bool:
+    return bool(info.kernel_scores) if unit == "kernel" else info.kind == "score" and unit in info.granularity
 
 
 def _makes(group: ChannelGroup, layers: Container[str]) -> bool:

@@ -39,14 +39,21 @@ class DiscriminationAwareSelector(DiscriminationAwareSettings):
     """DCP (``adapt=False``) and DCP-Adapt (``adapt=True``).
 
     The network is changed: with ``head_epochs`` it is fine-tuned together with its heads, and in any case the layers
-    behind pruned channels are optimised, their other inputs set to zero. The plan is made for these weights, so that
-    removal does not change what the network computes.
+    behind pruned channels are optimised, their other inputs set to zero. The plan is made for these weights: removal
+    leaves the network that was optimised. Until then norms that average over channels still count those that leave, so
+    that only networks without such norms compute the same before and after it. A convolution that standardises its
+    weights (timm's ``StdConv2d``) is the exception: it is optimised with zeros among them, and they leave, too.
 
     With ``adapt`` the stop rule decides how many channels stay; a goal in the request is then the most that may leave
     each layer, and the goal ``"adapt"`` sets no such limit (one unit stays).
 
     Attributes: those of :class:`~dscore_plugin.selection.discrimination_settings.DiscriminationAwareSettings`.
     """
+
+    def check(self, granularity: str) -> None:
+        """Refuse another granularity than ``"channel"``; raise CriterionError."""
+        if granularity != "channel":
+            raise CriterionError(f"dcp chooses channels, not {granularity}s; leave the granularity out")
 
     def select(self, model: nn.Module, data: ImageData, request: Request) -> Plan:
         """Choose the input channels of every convolution that alone reads a group of channels.
@@ -58,12 +65,10 @@ class DiscriminationAwareSelector(DiscriminationAwareSettings):
 
         Raises:
             CriterionError: if the request or an option does not fit.
-            ModelError: if there is nothing to choose, the network gives no logits, or several processes run.
+            ModelError: if there is nothing to choose, the weights are not float32, the network gives no logits, or
+                several processes run.
         """
-        if request.granularity != "channel":
-            raise CriterionError(
-                f"dcp chooses channels, not {request.granularity}s; leave the granularity out"
-            )
+        self.check(request.granularity)
         if request.goal == ADAPT and not self.adapt:
             raise CriterionError("without a ratio or a budget only dcp_adapt knows how many channels leave")
         graph = request.trace(model)
@@ -163,9 +168,19 @@ class DiscriminationAwareSelector(DiscriminationAwareSettings):
             )
         if not batches:
             raise DataError("dcp needs images and labels to choose by; got no batch")
+        if self.head_epochs and tuning is not None and tuning.steps < 1:
+            raise DataError(
+                "dcp needs training images to fine-tune on; got no batch: pass more, or head_epochs=0"
+            )
         if self.head_epochs and tuning is None:
             raise DataError(
                 f"head_epochs={self.head_epochs} needs training images; pass tuning=, or head_epochs=0"
+            )
+        types = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
+        other = next((name for name, dtype in types.items() if dtype != torch.float32), None)
+        if other is not None:
+            raise ModelError(
+                f"dcp optimises float32 weights, and {other!r} is {types[other]}; call model.float()"
             )
         bad = next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
         if bad is not None:

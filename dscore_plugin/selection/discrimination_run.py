@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dscore_plugin.files import atomic_folder
+from dscore_plugin.groups import ChannelGroup
 from dscore_plugin.masking import masked
 from dscore_plugin.selection.discrimination_settings import DiscriminationAwareSettings
 from dscore_plugin.selection.greedy_channels import Chosen, GreedySelection, LayerTask
@@ -68,14 +69,15 @@ class Run:
         """Train the heads of some segments, and choose for the layers in them."""
         heads = Heads(segments, self.model, self.example_inputs, self.seed)
         self._train(number, heads, segments)
-        reference = frozen_copy(self.model)
+        reference, gone = frozen_copy(self.model), self._gone()
         tasks = [self._task(layer, segment.end) for segment in segments for layer in segment.layers]
         open_tasks = [task for task in tasks if not self._is_settled(task)]
         if not open_tasks:
             return
         greedy = GreedySelection(
-            reference, self.model, heads, self.batches, self.settings.greedy, self.settings.memory_limit
-        )
+            reference, self.model, heads, self.batches, self.settings.greedy, self.settings.memory_limit,
+            (gone, self._gone()),
+        )  # fmt: skip
         steps = sum(task.size if self.settings.adapt else task.keep for task in open_tasks)
         with self.progress.task("choosing channels", steps) as advance:
             for task in open_tasks:
@@ -92,21 +94,24 @@ class Run:
             tuning, losses = TuningData.of(self.batches), Losses.alone(heads)
         else:
             losses = Losses.by_depth(segments) if settings.order == "single" else Losses.equal(heads)
-        gone = [
-            (c.group, [unit for unit in range(c.group.units) if unit not in self.orders[c.group.name]])
-            for c in self.found.values()
-            if c.group.name in self.orders
-        ]
-        with masked(self.model, gone):  # what left in an earlier stage gets no gradient
+        with masked(self.model, self._gone()):  # what left in an earlier stage gets no gradient
             train_heads(
                 self.model, heads, tuning.batches, tuning.steps, settings.tuning_config(stream_seed(self.seed, number)),
                 losses, images=tuning.images, checkpoint=self.work.folder / f"heads{number}" if self.work else None,
                 progress=self.progress,
             )  # fmt: skip
 
+    def _gone(self) -> list[tuple[ChannelGroup, list[int]]]:
+        """Return the units that have left so far."""
+        return [
+            (c.group, [unit for unit in range(c.group.units) if unit not in self.orders[c.group.name]])
+            for c in self.found.values()
+            if c.group.name in self.orders
+        ]
+
     def _task(self, layer: str, end: str) -> LayerTask:
         candidate = self.found[layer]
-        return LayerTask(layer, candidate.units, end, self.keep[candidate.group.name])
+        return LayerTask(layer, candidate.units, end, self.keep[candidate.group.name], candidate.group)
 
     def _is_settled(self, task: LayerTask) -> bool:
         """Take up what was chosen before the run was interrupted, and leave alone what keeps everything."""

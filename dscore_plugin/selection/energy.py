@@ -91,6 +91,11 @@ class EnergySelector:
         if not 0 < self.exponent < 2:
             raise CriterionError(f"exponent must lie between 0 and 2 (exclusive), got {self.exponent}")
 
+    def check(self, granularity: str) -> None:
+        """Refuse another granularity than ``"layer"``; raise CriterionError."""
+        if granularity != "layer":
+            raise CriterionError(f"energy removes whole layers; got granularity {granularity!r}")
+
     def select(self, model: nn.Module, data: ImageData, request: Request) -> Plan:
         """Choose the branches that leave ``model``.
 
@@ -109,6 +114,7 @@ class EnergySelector:
             BudgetError: if the goal is out of range or cannot be reached.
             ModelError: if the network has fewer than two branches.
         """
+        self.check(request.granularity)
         branches = _checked(model, request)
         scores = {} if self.choice == "random" else self.scores(model, data, request, branches)
         costs = _costs(model, request.example_inputs, [branch.name for branch in branches])
@@ -226,7 +232,13 @@ class EnergySelector:
         leaving = [name for name in order if name not in kept]
         rows = [_row(name, scores.get(name), name in kept, costs.saved[name][0]) for name in order]
         macs, params = costs.left(leaving)
-        made_by = {**vars(self), request.goal: request.amount, "seed": request.seed, "kept": len(kept)}
+        made_by = {
+            "criterion": "energy",
+            **vars(self),
+            request.goal: request.amount,
+            "seed": request.seed,
+            "kept": len(kept),
+        }
         if scores:
             made_by["clusters"] = cluster([scores[name] for name in order], len(kept))
         return Plan(
@@ -291,8 +303,6 @@ def _costs(model: nn.Module, example_inputs: tuple[Any, ...], names: Sequence[st
 
 
 def _checked(model: nn.Module, request: Request) -> tuple[Branch, ...]:
-    if request.granularity != "layer":
-        raise CriterionError(f"energy removes whole layers; got granularity {request.granularity!r}")
     branches = find_branches(model)
     if len(branches) < 2:
         raise ModelError(

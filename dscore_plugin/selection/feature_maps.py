@@ -7,6 +7,7 @@ the order of the modules; a map that does not fit into what is left of a pass is
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -139,7 +140,7 @@ def feature_maps(
     the length of a pass only, and removed also when an exception passes through.
 
     Args:
-        model: a classifier; its modes are restored after each pass.
+        model: a classifier; its modes are restored after each pass. Weights of other types are run as a float32 copy.
         images: in the order of the result; an augmented set must be drawn as it is for all passes to agree.
         sizes: the modules and the elements of their maps, from :func:`feature_map_sizes`.
         memory_limit: bytes; a larger limit needs fewer passes.
@@ -155,6 +156,7 @@ def feature_maps(
         CriterionError: if the memory limit is too small.
     """
     require_images(images)
+    model = _in_float32(model)
     passes = divide(sizes, len(images), memory_limit)
     loader = images.loader(batch_size)
     with (progress or NoProgress()).task("feature maps", len(passes) * len(loader)) as advance:
@@ -162,6 +164,12 @@ def feature_maps(
             kept, predicted = _run_pass(model, images, slices, loader, advance)
             for place in slices:
                 yield FeatureMaps(place, kept.pop(place.module), predicted)
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    """Return the network itself, or a copy where it computes in another type."""
+    numbers = (t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+    return model if all(dtype == torch.float32 for dtype in numbers) else copy.deepcopy(model).float()
 
 
 def _run_pass(

@@ -4,23 +4,31 @@ Every channel costs two passes over the images: one for the gradient, one that o
 Only the part of the network between the layer and its loss is run for them. What the layer reads, with all layers
 before it as they were pruned, and what it gave in the unpruned network are computed once and kept in memory.
 
+Where a norm averages over the channels to choose (group norm, layer norm), the layer is optimised and its loss taken
+with a norm that counts the chosen ones alone, as removal leaves it. For the gradient, which ranks those that are not
+chosen yet, it counts all of them.
+
 Source: Zhuang et al., *Discrimination-aware Channel Pruning for Deep Neural Networks*, arXiv 1810.11809, Algorithm 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dscore_plugin.criteria.discrimination_aware import channel_scores, has_settled, joint_loss
-from dscore_plugin.selection.replay import Recording, Replay
+from dscore_plugin.groups import ChannelGroup, Role
+from dscore_plugin.masking import Silenced, masked
+from dscore_plugin.selection.measurement import placed, silenced_modules
+from dscore_plugin.selection.replay import Prefix, Recording, Replay
 from dscore_plugin.training.evaluation import check_logits
 from dscore_plugin.training.heads import Batch, Heads, frozen_copy
+from dscore_plugin.training.precision import set_memory_format
 
 
 @dataclass(frozen=True)
@@ -55,12 +63,14 @@ class LayerTask:
         units: the unit that each of its input channels belongs to, int64, shape ``(c,)``; units count from 0.
         end: the module behind which its loss stands; empty for the network's own.
         keep: units to choose; with ``epsilon`` the fewest.
+        group: whose units they are; None stands for one that no norm averages over.
     """
 
     layer: str
     units: Tensor
     end: str
     keep: int
+    group: ChannelGroup | None = None
 
     @property
     def size(self) -> int:
@@ -96,18 +106,18 @@ class _Network:
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self.model: nn.Module = frozen_copy(model).to(memory_format=torch.channels_last)
+        self.model: nn.Module = frozen_copy(model)
+        set_memory_format(self.model, torch.channels_last)
         self._batches = batches
         self._replay = Replay(self.model, batches[0][0][:2])
         self._recordings: list[Recording | None] = [None] * len(batches)
 
-    def bytes_per_image(self, layer: str) -> int:
-        """Return the memory that :meth:`record` takes for each image."""
-        return self._replay.prefix([self.model.get_submodule(layer)]).bytes_per_image
+    def before(self, layer: str, norms: Sequence[nn.Module] = ()) -> Prefix:
+        """Return what comes before a layer, and before the norms whose channels are chosen with it."""
+        return self._replay.prefix([self.model.get_submodule(layer), *norms])
 
-    def record(self, layer: str, kept: int) -> None:
-        """Record what comes before a layer, for the first ``kept`` batches; the others are computed every time."""
-        prefix = self._replay.prefix([self.model.get_submodule(layer)])
+    def record(self, prefix: Prefix, kept: int) -> None:
+        """Record a prefix for the first ``kept`` batches; the others are computed every time."""
         few = self._batches[0][0][:2]
         with torch.no_grad():
             expected, recorded = self._replay.run(few), self._replay.record(prefix, few)
@@ -140,9 +150,10 @@ def _seen(model: nn.Module, layer: str, end: str | None) -> Iterator[dict[str, A
 
     def watch(name: str, last: bool) -> Callable[..., None]:
         def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            outputs[name] = output
             if last:
+                outputs[name] = output
                 raise _ReachedError
+            outputs[name] = output.clone()  # what follows may change it in place
 
         return note
 
@@ -169,6 +180,7 @@ class GreedySelection:
         batches: images and labels to choose by, in a fixed order.
         options: how.
         memory_limit: bytes for what is kept in memory besides the images.
+        gone: the units that left before, in the reference and in the pruned network; no norm counts them.
     """
 
     reference: nn.Module
@@ -177,13 +189,13 @@ class GreedySelection:
     batches: Sequence[Batch]
     options: GreedyOptions
     memory_limit: int = 2 * 2**30
+    gone: tuple[Silenced, Silenced] = ((), ())
     _networks: tuple[_Network, _Network] = field(init=False)
 
     def __post_init__(self) -> None:
-        like = next(self.pruned.parameters())
-        self.batches = [
-            (_placed(images, like.device), labels.to(like.device)) for images, labels in self.batches
-        ]
+        like = next(self.pruned.parameters()).detach().float()
+        self.batches = [placed(batch, like) for batch in self.batches]
+        self._gone = tuple([(_norms(group), tuple(units)) for group, units in part] for part in self.gone)
         self.heads = frozen_copy(self.heads)
         self._networks = _Network(self.reference, self.batches), _Network(self.pruned, self.batches)
 
@@ -194,15 +206,26 @@ class GreedySelection:
             task: the layer; tasks come in the order of the network.
             advance: takes the number of units that were added.
         """
-        problem = _LayerProblem(task, self._networks, self.heads, self.batches, self.options.strength)
-        problem.prepare(self.memory_limit)
-        with torch.autocast(next(iter(self.batches))[0].device.type, enabled=False), torch.enable_grad():
-            return _greedy(problem, task, self.options, advance)
+        (reference, pruned), (gone_before, gone) = self._networks, self._gone
+        with (
+            masked(reference.model, gone_before),
+            masked(pruned.model, gone),
+            torch.autocast(self.batches[0][0].device.type, enabled=False),
+        ):
+            problem = _LayerProblem(
+                task, self._networks, self.heads, self.batches, self.options.strength, gone
+            )
+            problem.prepare(self.memory_limit)
+            with torch.enable_grad():
+                chosen = _greedy(problem, task, self.options, advance)
+        if task.group is not None:
+            gone.append((_norms(task.group), tuple(set(range(task.size)) - set(chosen.order))))
+        return chosen
 
 
-def _placed(images: Tensor, device: torch.device) -> Tensor:
-    layout = torch.channels_last if images.ndim == 4 else torch.preserve_format
-    return images.to(device, torch.float32, memory_format=layout)
+def _norms(group: ChannelGroup) -> ChannelGroup:
+    """Leave of a group what its norms make of it: what the layers read is zero by their weights."""
+    return replace(group, members=group.roles(Role.NORM))
 
 
 class _LayerProblem:
@@ -215,6 +238,7 @@ class _LayerProblem:
         heads: Heads,
         batches: Sequence[Batch],
         strength: float,
+        gone: Silenced,
     ) -> None:
         self._task = task
         self._reference, self._pruned = networks
@@ -224,6 +248,8 @@ class _LayerProblem:
         self._images = sum(len(labels) for _, labels in batches)
         self._targets: list[Tensor] = []
         self.convolution = self._pruned.model.get_submodule(task.layer)
+        self._gone = gone
+        self.norms = [] if task.group is None else silenced_modules(self._pruned.model, _norms(task.group))
 
     @property
     def weight(self) -> Tensor:
@@ -235,35 +261,53 @@ class _LayerProblem:
     def prepare(self, memory_limit: int) -> None:
         """Record what comes before the layer and what it gives in the unpruned network, as far as memory allows."""
         layer = self._task.layer
+        before = self._reference.before(layer), self._pruned.before(layer, self.norms)
         with torch.no_grad():
             output = self._reference.run(0, layer, None)[0]
-            images = len(self._batches[0][1])
-            size = images * sum(network.bytes_per_image(layer) for network in (self._reference, self._pruned))
+            size = len(self._batches[0][1]) * sum(prefix.bytes_per_image for prefix in before)
             kept = min(len(self._batches), memory_limit // max(1, size + output.nbytes))
-            for network in (self._reference, self._pruned):
-                network.record(layer, kept)
+            for network, prefix in zip((self._reference, self._pruned), before, strict=True):
+                network.record(prefix, kept)
             self._targets = [self._reference.run(place, layer, None)[0] for place in range(kept)]
 
     def gradient(self) -> tuple[Tensor, float]:
-        """Return the gradient of the joint loss over all images, and the loss."""
+        """Return the gradient of the joint loss over all images, and the loss, norms counting all channels."""
         total, loss = torch.zeros_like(self.weight), 0.0
-        for place, (_, labels) in enumerate(self._batches):
-            part = self._loss(place) * (len(labels) / self._images)
+        for place in range(len(self._batches)):
+            part = self._share_of_loss(place)
             total += torch.autograd.grad(part, self.weight)[0]
             loss += float(part.detach())
         return total, loss
 
+    @torch.no_grad()
+    def loss(self, chosen: Tensor) -> float:
+        """Return the joint loss over all images, norms counting the ``chosen`` units alone: bool, ``(units,)``."""
+        with self._counting(chosen):
+            return sum(float(self._share_of_loss(place)) for place in range(len(self._batches)))
+
     def optimise(self, chosen: Tensor, options: GreedyOptions) -> None:
-        """Take one pass of SGD over the images on the chosen input channels; ``chosen`` has shape ``(c,)``, bool."""
+        """Take one pass of SGD over the images on the inputs of the ``chosen`` units: bool, ``(units,)``."""
         weight = self.weight
-        mask = chosen.to(weight).view(1, -1, *[1] * (weight.ndim - 2))
+        mask = chosen[self._task.units.to(chosen.device)].to(weight).view(1, -1, *[1] * (weight.ndim - 2))
         optimizer = torch.optim.SGD(
             [weight], options.learning_rate, options.momentum, 0.0, options.weight_decay, options.momentum > 0
         )
-        for place in range(len(self._batches)):
-            weight.grad = torch.autograd.grad(self._loss(place), weight)[0] * mask
-            optimizer.step()
+        with self._counting(chosen):
+            for place in range(len(self._batches)):
+                weight.grad = torch.autograd.grad(self._loss(place), weight)[0] * mask
+                optimizer.step()
         weight.grad = None
+
+    def _counting(self, chosen: Tensor) -> AbstractContextManager[None]:
+        """Let norms over the channels count the chosen units alone."""
+        if self._task.group is None or not self.norms:
+            return nullcontext()
+        left_out = (~chosen).nonzero().flatten().tolist()
+        return masked(self._pruned.model, [*self._gone, (_norms(self._task.group), left_out)])
+
+    def _share_of_loss(self, place: int) -> Tensor:
+        """Return what a batch adds to the mean of the joint loss over all images."""
+        return self._loss(place) * (len(self._batches[place][1]) / self._images)
 
     def _loss(self, place: int) -> Tensor:
         task, labels = self._task, self._batches[place][1]
@@ -293,7 +337,7 @@ def _greedy(
     most = task.keep if options.epsilon is None else task.size
     while len(order) < most:
         gradient, loss = problem.gradient()
-        losses.append(loss)
+        losses.append(problem.loss(chosen) if problem.norms and order else loss)
         if _is_enough(losses, len(order) >= task.keep, options.epsilon):
             break
         scores = torch.zeros(task.size, device=weight.device)
@@ -305,7 +349,7 @@ def _greedy(
         chosen[taken] = True
         fresh = torch.isin(units, taken)
         weight.data[:, fresh] = tuned[:, fresh]  # warm start
-        problem.optimise(chosen[units], options)
+        problem.optimise(chosen, options)
         advance(len(taken))
     problem.weight.requires_grad_(False)
     return Chosen(tuple(order), tuple(losses), weight.detach().clone())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.costs import count
 from dscore_plugin.errors import CriterionError, ModelError
 from dscore_plugin.groups import removal_count
@@ -18,7 +19,7 @@ from dscore_plugin.selection.coarse import Convolution, prunable_kernels, used_c
 
 def plan_kernels(
     model: nn.Module,
-    example_inputs: tuple[Any, ...],
+    example_inputs: Tensor | tuple[Any, ...],
     scores: Mapping[str, Tensor],
     *,
     ratio: float,
@@ -29,13 +30,14 @@ def plan_kernels(
     """Let the lowest share of all kernels leave, by one threshold over all convolutions.
 
     Of kernels with equal scores, those of earlier layers and lower places leave first. Kernels that a mask has
-    removed already count among the lowest.
+    removed already count among the lowest, so that the ratio is that of the network afterwards: the same ratio once
+    more removes nothing.
 
     Args:
         model: the network, left as it is.
-        example_inputs: the arguments of one forward pass.
+        example_inputs: the arguments of one forward pass (a tensor stands for one argument).
         scores: for every convolution, by name, shape ``(out, in / groups)``; the lowest leave first.
-        ratio: share of the kernels that leaves, of those that may, in (0, 1).
+        ratio: share of the kernels that are gone afterwards, of those that may leave, in (0, 1).
         made_by: criterion and options, for the plan.
         skip_first: leave the first convolution whole; the paper does not say whether it does.
         keep_at_least: kernels that every convolution keeps, its strongest ones (ours: a convolution without kernels
@@ -64,7 +66,7 @@ def plan_kernels(
 
 def plan_kernel_ratios(
     model: nn.Module,
-    example_inputs: tuple[Any, ...],
+    example_inputs: Tensor | tuple[Any, ...],
     scores: Mapping[str, Tensor],
     *,
     ratios: Sequence[float],
@@ -75,15 +77,16 @@ def plan_kernel_ratios(
     """Make a plan for each of several ratios, from one ordering; arguments as of :func:`plan_kernels`."""
     for ratio in ratios:
         check_fraction("ratio", ratio)
-    convolutions = used_convolutions(model, example_inputs)
+    inputs = as_arguments(example_inputs)
+    convolutions = used_convolutions(model, inputs)
     chosen = prunable_kernels(convolutions, skip_first)
     if not chosen:
         raise ModelError(
             "no convolution has kernels to lose but the first; prune channels, or skip_first=False"
         )
     ranked = _Ranked(chosen, [_checked(scores, c) for c in chosen], keep_at_least)
-    image = next((x for x in example_inputs if isinstance(x, Tensor)), torch.empty(0))
-    dense = _present_cost(model, example_inputs, convolutions)
+    image = next((x for x in inputs if isinstance(x, Tensor)), torch.empty(0))
+    dense = _present_cost(model, inputs, convolutions)
     made = fingerprint(model)
     plans = []
     for ratio in ratios:

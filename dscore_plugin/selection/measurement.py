@@ -86,12 +86,12 @@ class Measurement:
 
     def curve(self, item: ScoredGroup, counts: Sequence[int]) -> Curve:
         """Prepare the measurement of a group."""
-        prefix = self._replay.prefix(_silenced_modules(self._model, item.group))
+        prefix = self._replay.prefix(silenced_modules(self._model, item.group))
         return Curve(item, tuple(sorted(set(counts) - {0})), prefix)
 
     def dense(self) -> int:
         """Count the right answers of the network as it is."""
-        batches = (self._place(batch) for batch in self._images.loader(self._batch_size))
+        batches = (placed(batch, self._like) for batch in self._images.loader(self._batch_size))
         return sum(self._correct(batch, None) for batch in batches)
 
     def run(
@@ -156,16 +156,11 @@ class Measurement:
         at_once = max(1, self._memory_limit // (self._batch_size * (pixels + largest)))
         start, batches = 0, []
         for batch in self._images.loader(self._batch_size):
-            batches.append(self._place(batch))
+            batches.append(placed(batch, self._like))
             stop = start + sum(len(labels) for _, labels in batches)
             if len(batches) == at_once or stop == len(self._images):
                 yield start, stop, batches
                 start, batches = stop, []
-
-    def _place(self, batch: Batch) -> Batch:
-        inputs, labels = batch
-        layout = torch.channels_last if inputs.ndim == 4 else torch.preserve_format
-        return inputs.to(self._like, memory_format=layout), labels.to(self._like.device)
 
 
 class _Cache:
@@ -216,7 +211,14 @@ def _add(curve: Curve, measured: Correct, left: int, hopeless: Callable[[int, in
             curve.close_above(count)
 
 
-def _silenced_modules(model: nn.Module, group: ChannelGroup) -> list[nn.Module]:
+def placed(batch: Batch, like: Tensor) -> Batch:
+    """Bring a batch to the device and the type of ``like``, images in channels_last."""
+    inputs, labels = batch
+    layout = torch.channels_last if inputs.ndim == 4 else torch.preserve_format
+    return inputs.to(like, memory_format=layout), labels.to(like.device)
+
+
+def silenced_modules(model: nn.Module, group: ChannelGroup) -> list[nn.Module]:
     """Return the modules that a mask of the group sets to work otherwise."""
     before = {module: _workings(module) for module in model.modules()}
     with masked(model, [(group, (0,))]):

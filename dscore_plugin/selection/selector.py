@@ -77,6 +77,17 @@ class Request:
 class Selector(Protocol):
     """A criterion that makes a plan by search."""
 
+    def check(self, granularity: str) -> None:
+        """Refuse what can be refused without a network: a granularity, or options that do not go with it.
+
+        Args:
+            granularity: ``"channel"``, ``"kernel"`` or ``"layer"``.
+
+        Raises:
+            CriterionError: if it cannot be searched with these options.
+        """
+        ...
+
     def select(self, model: nn.Module, data: ImageData, request: Request) -> Plan:
         """Choose what leaves ``model``.
 

@@ -27,6 +27,7 @@ from dscore_plugin.selection.journal import Journal
 from dscore_plugin.selection.measurement import Correct, Measurement, first_images
 from dscore_plugin.selection.processes import Processes
 from dscore_plugin.training.evaluation import require_images
+from dscore_plugin.training.precision import set_memory_format
 from dscore_plugin.training.progress import NoProgress, Progress
 
 if TYPE_CHECKING:
@@ -406,7 +407,7 @@ def _prepare(
     copied = copy.deepcopy(model).float().eval()
     if fold_batchnorm:
         copied = folded_copy(copied, first_images(images, 2)[0].to(next(copied.parameters())))
-    copied = copied.to(memory_format=torch.channels_last)  # converts what has four dimensions, and only that
+    set_memory_format(copied, torch.channels_last)
     return Measurement(copied, images, batch_size, memory_limit)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.errors import ModelError
 from dscore_plugin.groups import ChannelGroup, Member, Role
 from dscore_plugin.modes import in_eval_mode
@@ -30,7 +31,7 @@ _FLAT = 1e-6  # of the largest magnitude: what still counts as constant
 
 
 def remove_dead_channels(
-    model: nn.Module, example_inputs: tuple[Any, ...], groups: Sequence[ChannelGroup]
+    model: nn.Module, example_inputs: Tensor | tuple[Any, ...], groups: Sequence[ChannelGroup]
 ) -> Plan:
     """Remove dead channels physically, in place; the outputs stay as they are.
 
@@ -38,7 +39,7 @@ def remove_dead_channels(
 
     Args:
         model: a network that has lost kernels, or has zeros in their place.
-        example_inputs: the arguments of one forward pass.
+        example_inputs: the arguments of one forward pass (a tensor stands for one argument).
         groups: the channel groups that may be pruned, of this network.
 
     Returns:
@@ -48,11 +49,12 @@ def remove_dead_channels(
     Raises:
         ModelError: if the outputs would change by more than 1e-4 of the largest; the network is then as it was.
     """
+    arguments = as_arguments(example_inputs)
     with rolled_back_on_error(model):
-        plan = _fold_and_plan(model, example_inputs, groups)
-        inputs = _random_inputs(example_inputs)
+        plan = _fold_and_plan(model, arguments, groups)
+        inputs = _random_inputs(arguments)
         before = _run(model, inputs)
-        plan.apply(model, example_inputs)
+        plan.apply(model, arguments)
         _require_equal(before, _run(model, inputs))
     return plan
 

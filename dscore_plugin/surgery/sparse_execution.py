@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.errors import ModelError, PlanError, did_you_mean
 from dscore_plugin.surgery.kernel_masks import remove_masks
 from dscore_plugin.surgery.sparse_backends import BACKENDS, DENSE, SparseConv2d, live_kernels, usable_backends
@@ -59,7 +60,7 @@ class SparseExecution(nn.Module):
 
 def compile_sparse(
     model: nn.Module,
-    example_inputs: tuple[Any, ...],
+    example_inputs: Tensor | tuple[Any, ...],
     *,
     backends: Sequence[str] = BACKENDS,
     rounds: int = 5,
@@ -77,7 +78,7 @@ def compile_sparse(
 
     Args:
         model: the network, left as it is; masked or with zeros in its weights.
-        example_inputs: the arguments of a forward pass, in the size that matters.
+        example_inputs: the arguments of a forward pass (a tensor stands for one argument), in the size that matters.
         backends: those to try; dense is always among them.
         rounds: how often each is timed, in turns; the median counts.
 
@@ -93,20 +94,19 @@ def compile_sparse(
         raise PlanError(
             f"backend {unknown!r} is unknown; expected some of {', '.join(BACKENDS)}{did_you_mean(unknown, BACKENDS)}"
         )
+    inputs = as_arguments(example_inputs)
     dense = remove_masks(copy.deepcopy(model)).eval()
     sparse = copy.deepcopy(dense)
     choices = {}
     with torch.no_grad():
-        for name, x in _inputs_of_convolutions(dense, example_inputs).items():
+        for name, x in _inputs_of_convolutions(dense, inputs).items():
             convolution = dense.get_submodule(name)
             assert isinstance(convolution, nn.Conv2d)
             tried = [backend for backend in usable_backends(convolution) if backend in (DENSE, *backends)]
             if len(tried) > 1:
                 choices[name], runner = _fastest(convolution, tried, x, rounds)
                 _put(sparse, name, runner)
-        seconds = _measure(
-            {"dense": _call(dense, example_inputs), "sparse": _call(sparse, example_inputs)}, rounds
-        )
+        seconds = _measure({"dense": _call(dense, inputs), "sparse": _call(sparse, inputs)}, rounds)
     if seconds["sparse"] > seconds["dense"]:
         choices = {name: Choice(DENSE, c.live, c.milliseconds) for name, c in choices.items()}
         sparse, seconds["sparse"] = dense, seconds["dense"]

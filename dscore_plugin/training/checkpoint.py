@@ -27,13 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dscore_plugin.errors import TrainingError
-from dscore_plugin.training.config import TrainingConfig
+from dscore_plugin.training.config import NO_EFFECT, TrainingConfig
 from dscore_plugin.training.history import EpochRecord
 
 FORMAT_VERSION = 1
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 EMA = "ema.safetensors"
-_FREE = {"workers", "validate_every", "track"}  # no effect on the weights
 _EXTENDABLE = {"steps", "constant"}  # schedules whose past does not depend on how many epochs follow
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, TrainingError)
@@ -182,7 +181,7 @@ def check_resumable(
 def _check_config(saved: TrainingConfig, wanted: TrainingConfig) -> None:
     for field in fields(TrainingConfig):
         was, now = getattr(saved, field.name), getattr(wanted, field.name)
-        if was == now or field.name in _FREE:
+        if was == now or field.name in NO_EFFECT:
             continue
         if field.name == "epochs" and saved.schedule in _EXTENDABLE and now > was:
             continue

@@ -11,6 +11,7 @@ from dscore_plugin.errors import TrainingError, did_you_mean
 Schedule = Literal["cosine", "steps", "constant"]
 PrecisionName = Literal["auto", "float32", "bfloat16"]
 TrackerName = Literal["tensorboard", "wandb"]
+NO_EFFECT = ("workers", "validate_every", "track")  # fields that change no weight
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.errors import CriterionError, ModelError, did_you_mean
 from dscore_plugin.modes import in_eval_mode
 
@@ -44,7 +45,7 @@ class Segment:
 
 def find_segments(
     model: nn.Module,
-    example_inputs: tuple[Any, ...],
+    example_inputs: Tensor | tuple[Any, ...],
     layers: Sequence[str],
     heads: int | None = None,
     places: Sequence[str] = (),
@@ -56,7 +57,7 @@ def find_segments(
 
     Args:
         model: gives logits ``(B, classes)``; it is left as it was.
-        example_inputs: the arguments of one forward pass, the image first.
+        example_inputs: the arguments of one forward pass, the image first (a tensor stands for one argument).
         layers: qualified names of the layers that channels are chosen for; one that is never called has no segment.
         heads: how many; by default 3 where there are 24 layers or more and else 2, or fewer in shallow networks.
         places: qualified names of the modules whose outputs the heads read, instead of ``heads``.
@@ -68,7 +69,7 @@ def find_segments(
         CriterionError: if a place or the number of heads is impossible.
         ModelError: if the network does not run, or gives no single tensor.
     """
-    trace = _Trace(model, example_inputs)
+    trace = _Trace(model, as_arguments(example_inputs))
     if places:
         ends = [(trace.end_of(name), name) for name in places]
         return _divide(trace, layers, [(time, name, 0.0) for time, name in sorted(ends)])

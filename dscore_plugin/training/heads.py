@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.errors import TrainingError
 from dscore_plugin.modes import in_eval_mode
 from dscore_plugin.training.checkpoint import (
@@ -64,7 +65,7 @@ class Heads(nn.Module):
     Args:
         segments: from :func:`find_segments`.
         model: the network that they were found in.
-        example_inputs: the arguments of one forward pass.
+        example_inputs: the arguments of one forward pass (a tensor stands for one argument).
         seed: of their initial weights.
 
     Attributes:
@@ -73,15 +74,18 @@ class Heads(nn.Module):
     """
 
     def __init__(
-        self, segments: Sequence[Segment], model: nn.Module, example_inputs: tuple[Any, ...], seed: int = 0
+        self,
+        segments: Sequence[Segment],
+        model: nn.Module,
+        example_inputs: Tensor | tuple[Any, ...],
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        inputs = as_arguments(example_inputs)
         self.ends = tuple(segment.end for segment in segments if segment.end)
         like = next(model.parameters())
         with tapped(model, self.ends) as features, torch.no_grad(), in_eval_mode(model):
-            logits = check_logits(
-                model(*example_inputs), torch.zeros(len(example_inputs[0]), dtype=torch.int64)
-            )
+            logits = check_logits(model(*inputs), torch.zeros(len(inputs[0]), dtype=torch.int64))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             shapes = [features[end].shape for end in self.ends]
@@ -99,11 +103,14 @@ class Heads(nn.Module):
 
 @contextmanager
 def tapped(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Give a dictionary that holds the named modules' outputs after every forward pass; the hooks go on exit."""
+    """Give a dictionary that holds the named modules' outputs after every forward pass; the hooks go on exit.
+
+    They are copies: an activation behind a module, or a sum, may change its output in place.
+    """
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: outputs.__setitem__(name, output)
+        return lambda module, inputs, output: outputs.__setitem__(name, output.clone())
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:
@@ -173,7 +180,7 @@ def train_heads(
         progress: shows a bar.
 
     Raises:
-        TrainingError: if the checkpoint belongs to another run, or a loss is not finite.
+        TrainingError: if the checkpoint belongs to another run, an epoch has no batches, or a loss is not finite.
         ModelError: if the model gives no logits for the labels.
 
     Source: arXiv 1810.11809, Algorithm S1.
@@ -196,7 +203,7 @@ def train_heads(
             for epoch in range(len(done), config.epochs):
                 trained.train()
                 torch.manual_seed(config.seed + epoch)  # for dropout
-                total = 0.0
+                total, rate = 0.0, None
                 for step, (inputs, labels) in enumerate(batches(epoch)):
                     with precision.autocast():
                         found = _losses(
@@ -206,6 +213,8 @@ def train_heads(
                     rate = learning_rate_at(config, epoch * steps + step, steps) / losses.divisor
                     _step_on_each(found, losses.weights, parameters, optimizer, rate)
                     advance(1, epoch=epoch + 1, loss=total / (step + 1))
+                if rate is None:
+                    raise TrainingError(f"epoch {epoch + 1} has no batches; give them anew for every epoch")
                 done.append(EpochRecord(epoch + 1, total / steps, 0.0, None, rate, 0.0))
                 _save(checkpoint, trained, config, images, optimizer, done)
     finally:

@@ -32,7 +32,7 @@ from dscore_plugin.training.evaluation import check_logits, count_correct, requi
 from dscore_plugin.training.feed import Feed, ImageStream, Portion, Step, make_feed
 from dscore_plugin.training.history import EpochRecord, TrainingResult
 from dscore_plugin.training.mixing import Mixer, mixed_targets
-from dscore_plugin.training.precision import Precision, choose_precision, set_memory_format
+from dscore_plugin.training.precision import Precision, choose_device, choose_precision, set_memory_format
 from dscore_plugin.training.progress import Advance, NoProgress, Progress
 from dscore_plugin.training.regularizer import Regularizer
 from dscore_plugin.training.tracking import log_folder, tracked
@@ -56,6 +56,7 @@ def train(
     logs: Path | None = None,
     regularizer: Regularizer | None = None,
     teacher: nn.Module | None = None,
+    device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> TrainingResult:
     """Train a classifier in place with stochastic gradient descent.
@@ -81,14 +82,16 @@ def train(
             that are trained and not their average.
         teacher: the network whose outputs are learnt, too, where ``config.distill`` or ``distill_features`` is above
             0; it is not changed.
+        device: where to compute; None is accelerate's choice, a GPU where there is one, whatever device the model
+            comes from. Several processes get theirs from the launcher.
         progress: shows a bar; None shows nothing.
 
     Returns:
         The history. The last epoch is the result; no better epoch is picked.
 
     Raises:
-        TrainingError: if the configuration, the hardware or the checkpoint does not fit, or a loss or a
-            weight is not finite.
+        TrainingError: if the configuration, the hardware, the device or the checkpoint does not fit, or a loss or
+            a weight is not finite.
         DataError: if a set is empty, or a stream ends too early.
         ModelError: if the model does not give logits for the labels.
     """
@@ -102,7 +105,8 @@ def train(
         raise TrainingError("ema averages weights that the regularizer does not see; leave one of them out")
     folder = log_folder(config, checkpoint, logs)
     accelerator = new_accelerator(log_with=config.track, project_dir=folder and folder.parent)
-    precision = choose_precision(config.precision, accelerator.device)
+    place = choose_device(device, accelerator.device, accelerator.num_processes)
+    precision = choose_precision(config.precision, place)
     config = replace(config, precision="bfloat16" if precision.bfloat16 else "float32")
     feed = make_feed(train_set, config, accelerator.process_index, accelerator.num_processes)
     saved = load_checkpoint(checkpoint) if checkpoint and resume else None
@@ -299,7 +303,7 @@ class _Run:
         """
         counted = portion.counted
         inputs = self.precision.place(portion.images)
-        labels = portion.labels.to(self.accelerator.device, non_blocking=True)
+        labels = portion.labels.to(self.precision.device, non_blocking=True)
         mixed = self.mixer(inputs, epoch, number) if self.mixer else None
         with self.precision.autocast():
             judgement = self.teacher.judge(self.model, inputs, counted) if self.teacher else None
@@ -334,7 +338,7 @@ class _Run:
         loader, batches = self._evaluation_batches(images)
         with self.progress.task("evaluating", batches) as advance:
             correct = count_correct(self.judged, count(loader), advance)
-        counts = torch.tensor([correct, seen], device=self.accelerator.device)
+        counts = torch.tensor([correct, seen], device=self.precision.device)
         right, every = self.accelerator.reduce(counts, "sum").tolist()
         if every == 0:
             raise DataError("the stream to evaluate on gave no image; check its shards")
@@ -407,7 +411,7 @@ def _moving_average(model: nn.Module, decay: float) -> Any:
 
 
 def new_accelerator(**options: Any) -> Accelerator:
-    """Start accelerate and the group of processes, without its mixed precision: that would replace the model's forward.
+    """Start accelerate and the group of processes; it neither moves a model nor replaces its forward.
 
     Args:
         **options: further arguments of ``Accelerator``.
@@ -416,7 +420,7 @@ def new_accelerator(**options: Any) -> Accelerator:
         TrainingError: if it already runs with mixed precision, or does not know of the processes that were launched.
     """
     try:
-        accelerator = Accelerator(mixed_precision="no", **options)
+        accelerator = Accelerator(mixed_precision="no", device_placement=False, **options)
     except ValueError as error:
         raise TrainingError(
             "accelerate already runs here with mixed precision, which replaces the model's forward; start "

@@ -1,4 +1,4 @@
-"""Which number format and memory layout a training run uses on a device."""
+"""Which device a training run computes on, and which number format and memory layout it uses there."""
 
 from __future__ import annotations
 
@@ -37,6 +37,29 @@ class Precision:
         """Bring a batch to the device, images of shape ``(B, C, H, W)`` in the run's layout."""
         images = images.to(self.device, non_blocking=True)
         return images.contiguous(memory_format=self.memory_format) if images.dim() == 4 else images
+
+
+def choose_device(wanted: torch.device | None, given: torch.device, processes: int) -> torch.device:
+    """Decide where a process computes.
+
+    Args:
+        wanted: what the user asks for; None takes ``given``.
+        given: what accelerate has given to this process.
+        processes: how many there are. Of several each has a device of its own, which nobody else can choose.
+
+    Raises:
+        TrainingError: if another device is wanted for one of several processes.
+    """
+    if wanted is None:
+        return given
+    if processes == 1:
+        return wanted
+    if wanted.type != given.type or wanted.index not in (None, given.index):
+        raise TrainingError(
+            f"device {str(wanted)!r} cannot be chosen for {processes} processes, of which this one has "
+            f"{str(given)!r}; leave the device to the launcher"
+        )
+    return given
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dscore_plugin.criteria.dependency_aware import TRAINING_THRESHOLD, dependency_aware, sparsity
 from dscore_plugin.errors import TrainingError
+from dscore_plugin.filters import filters_first
 
 DELTA = 1e-5  # the paper's, for its 160 epochs
 EPOCHS = 160
@@ -238,6 +239,6 @@ class DependencyAwareRegularizer:
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
+    layer = model.get_submodule(name)
+    assert isinstance(layer.weight, Tensor)
+    return filters_first(layer, layer.weight)

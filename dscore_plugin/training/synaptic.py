@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.criteria.synaptic_strength import LAMBDAS
 from dscore_plugin.errors import BudgetError, TrainingError
 from dscore_plugin.loading import load_object
@@ -32,6 +33,7 @@ from dscore_plugin.training.config import TrainingConfig
 GAMMA_THRESHOLD = 1e-4
 NEAR_ZERO = 0.01  # of the largest strength: what counts as near zero in the history
 _TOLERANCE = 1e-4
+_TRAINED = "weight_was_trained"  # what a norm remembers of a scale that is folded away
 _LINKS = "dscore_plugin.integrations.torch_pruning.synaptic:find_links"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HOMOGENEOUS = (
@@ -136,7 +138,7 @@ class SynapticKernels(nn.Module):
 
 def to_synaptic(
     model: nn.Module,
-    example_inputs: tuple[Any, ...],
+    example_inputs: Tensor | tuple[Any, ...],
     *,
     links: Sequence[NormLink] | None = None,
     skip_first: bool = True,
@@ -152,7 +154,7 @@ def to_synaptic(
 
     Args:
         model: the network, without parametrised weights and kernel masks.
-        example_inputs: the arguments of one forward pass.
+        example_inputs: the arguments of one forward pass (a tensor stands for one argument).
         links: which batch norm feeds which convolutions; None finds them with Torch-Pruning.
         skip_first: leave the first convolution as it is.
         gamma_threshold: see above; raise it only for networks whose small gammas do not matter.
@@ -169,10 +171,11 @@ def to_synaptic(
     Source: arXiv 1811.02454, eq. 3 to 6.
     """
     _refuse_unusual(model)
-    found = load_object(_LINKS)(model, example_inputs) if links is None else links
+    inputs = as_arguments(example_inputs)
+    found = load_object(_LINKS)(model, inputs) if links is None else links
     _refuse_inhomogeneous(found)
-    split = _splittable(model, example_inputs, skip_first)
-    with rolled_back_on_error(model), _outputs_kept(model, example_inputs):
+    split = _splittable(model, inputs, skip_first)
+    with rolled_back_on_error(model), _outputs_kept(model, inputs):
         for link in found:
             _fold_gamma(model, link, gamma_threshold)
     for module in split:
@@ -183,7 +186,8 @@ def to_synaptic(
 def from_synaptic(model: nn.Module) -> nn.Module:
     """Turn strengths and directions into plain weights again, in place; the outputs stay as they are.
 
-    Gamma is +1 or -1 behind the fold, and 0 for the channels that were made constant.
+    Gamma is +1 or -1 behind the fold, and 0 for the channels that were made constant: there gamma times the kernel's
+    norm no longer is the strength. Take :func:`strengths` before, to prune by what was trained.
 
     Args:
         model: a network that :func:`to_synaptic` has written.
@@ -195,7 +199,9 @@ def from_synaptic(model: nn.Module) -> nn.Module:
         if isinstance(module, _BatchNorm) and "weight" in module._buffers:
             sign = module._buffers.pop("weight")
             assert sign is not None
-            module.register_parameter("weight", nn.Parameter(sign.clone()))
+            module.register_parameter(
+                "weight", nn.Parameter(sign.clone(), module.__dict__.pop(_TRAINED, True))
+            )
     for _, module in list(_synaptic(model)):
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         plain: Any = module
@@ -347,6 +353,7 @@ def _fold_gamma(model: nn.Module, link: NormLink, threshold: float) -> None:
     kept = gamma.abs() >= threshold
     scale = torch.where(kept, gamma.abs(), 1.0)
     sign = torch.where(kept, gamma.sign(), 0.0)
+    setattr(norm, _TRAINED, norm.weight.requires_grad)
     del norm.weight
     norm.register_buffer("weight", sign)
     norm.bias = nn.Parameter(norm.bias.detach() / scale, norm.bias.requires_grad)

@@ -45,13 +45,18 @@ def log_folder(config: TrainingConfig, checkpoint: Path | None, logs: Path | Non
     """
     if config.track is None:
         return None
-    if not _AVAILABLE[config.track]():
-        raise TrainingError(
-            f"track={config.track!r} needs a package that is not installed; pip install {_INSTALL[config.track]}"
-        )
+    require_tracker(config)
     if logs is None and checkpoint is None:
         raise TrainingError(f"track={config.track!r} needs a folder; pass logs=FOLDER or checkpoint=FOLDER")
     return Path(logs).resolve() if logs else checkpoint and checkpoint.with_name(checkpoint.name + ".logs")
+
+
+def require_tracker(config: TrainingConfig) -> None:
+    """Make sure that the tracker of a run is installed, if it has one; raise TrainingError if it is not."""
+    if config.track is not None and not _AVAILABLE[config.track]():
+        raise TrainingError(
+            f"track={config.track!r} needs a package that is not installed; pip install {_INSTALL[config.track]}"
+        )
 
 
 @contextmanager

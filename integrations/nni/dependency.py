@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.errors import CriterionError
 from dscore_plugin.groups import Role
 from dscore_plugin.integrations.nni.config import (
@@ -51,7 +52,7 @@ def set_dependency_groups(
         CriterionError: if an entry matches no layer, or layers that lose the same channels have several ratios.
         ModelError: if the network cannot be traced.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = as_arguments(example_inputs)
     selected = [select(model, entry, position) for position, entry in current_entries(config_list).items()]
     ratios: dict[str, float | None] = {}
     for modules, settings in selected:
@@ -119,7 +120,7 @@ def removable_layers(model: nn.Module, example_inputs: Tensor | tuple[Any, ...])
     Raises:
         ModelError: if the network cannot be traced.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = as_arguments(example_inputs)
     names = set()
     for group in PruningGraph(model, inputs).prunable:
         makers = [member.module for member in group.roles(Role.PRODUCER, Role.DEPTHWISE)]

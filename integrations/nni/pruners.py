@@ -81,7 +81,7 @@ class CriterionPruner(_NormPruner):
                 f"criterion {needing!r} needs images; pass evaluator=TorchEvaluator(...), NNI's way to hand them over"
             )
         inputs = example_inputs if example_inputs is not None else guess_inputs(model, evaluator)
-        graph = PruningGraph(model, inputs if isinstance(inputs, tuple) else (inputs,))
+        graph = PruningGraph(model, inputs)
         self._scorer = Scorer(graph, self._targets, seed)
         self._needs_data = needing is not None
         if not self._needs_data:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.errors import PlanError
 from dscore_plugin.groups import ChannelGroup, Role
 from dscore_plugin.integrations.nni.extension import drop_forward, was_extended
@@ -59,7 +60,7 @@ def speedup(
         PlanError: if the masks are those of another model.
         ModelError: if the network wears wrappers, cannot be traced, or does not run afterwards.
     """
-    inputs, masks = _as_tuple(example_inputs), _load(masks)
+    inputs, masks = as_arguments(example_inputs), _load(masks)
     refuse_wrapped(model)
     known = was_extended(model, masks) if extended is None else extended
     reading = _read(model, inputs, masks)
@@ -97,7 +98,7 @@ def plan_from_masks(
         ModelError: if the network wears wrappers or cannot be traced.
     """
     refuse_wrapped(model)
-    return _read(model, _as_tuple(example_inputs), _load(masks)).channel_plan(fingerprint(model))
+    return _read(model, as_arguments(example_inputs), _load(masks)).channel_plan(fingerprint(model))
 
 
 @dataclass
@@ -341,7 +342,3 @@ def _fits(mask: Tensor, value: Tensor) -> bool:
 
 def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd | nn.Linear)
-
-
-def _as_tuple(example_inputs: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
-    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)

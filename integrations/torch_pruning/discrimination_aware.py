@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset
 from torch_pruning import importance as torch_pruning_importance
 from torch_pruning.dependency import Group
 from torch_pruning.pruner import function
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.criteria.discrimination_aware import channel_scores, check_reading
-from dscore_plugin.errors import BudgetError, CriterionError
+from dscore_plugin.errors import BudgetError, CriterionError, DataError
+from dscore_plugin.filters import filters_first
 from dscore_plugin.groups import removal_count
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.integrations.torch_pruning.removal import remove_channels
@@ -47,7 +50,8 @@ class DiscriminationAwareImportance(torch_pruning_importance.Importance):
 
     It takes gradients from one of two places. After :meth:`watch` it accumulates them, ``update`` by ``update``,
     with the heads' losses and summed over images, so that neither the size of the batches nor the number of processes
-    matters. Otherwise it reads ``.grad``, as Torch-Pruning's Taylor importance does: call ``loss.backward()`` first.
+    matters; once channels have left, they are taken anew, after :meth:`reset`. Otherwise it reads ``.grad``, as
+    Torch-Pruning's Taylor importance does: call ``loss.backward()`` first.
 
     Args:
         reading: ``"kernels"``, or ``"slice"`` for the norm of a channel's whole slice of the gradient.
@@ -65,12 +69,14 @@ class DiscriminationAwareImportance(torch_pruning_importance.Importance):
         self._sums: dict[str, Tensor] = {}
         self._reduced: dict[nn.Module, Tensor] | None = None
 
-    def watch(self, model: nn.Module, example_inputs: tuple[Any, ...], heads: Heads | None = None) -> None:
+    def watch(
+        self, model: nn.Module, example_inputs: Tensor | tuple[Any, ...], heads: Heads | None = None
+    ) -> None:
         """Take the gradients of a network from now on from :meth:`update`.
 
         Args:
             model: gives logits.
-            example_inputs: the arguments of one forward pass.
+            example_inputs: the arguments of one forward pass (a tensor stands for one argument).
             heads: trained heads of this network; None takes the network's own loss alone.
         """
         layers = [name for name, module in model.named_modules() if _reads_channels(module)]
@@ -91,7 +97,7 @@ class DiscriminationAwareImportance(torch_pruning_importance.Importance):
             labels: shape ``(b,)``.
 
         Raises:
-            CriterionError: if no network is watched.
+            CriterionError: if no network is watched, or it has lost channels since the first batch.
             ModelError: if it gives no logits for the labels.
         """
         if self._model is None:
@@ -138,7 +144,7 @@ class DiscriminationAwareImportance(torch_pruning_importance.Importance):
             None if nothing reads the channels.
 
         Raises:
-            CriterionError: if there are no gradients, or they are not finite.
+            CriterionError: if there are no gradients, they are not finite, or channels have left since they were taken.
         """
         if self._model is not None:
             self.compute()
@@ -162,19 +168,33 @@ class DiscriminationAwareImportance(torch_pruning_importance.Importance):
     def _add(self, name: str, gradient: Tensor | None) -> None:
         if gradient is not None:
             before = self._sums.get(name)
+            if before is not None:
+                _require_same_width(before, gradient)
             self._sums[name] = gradient.double() if before is None else before + gradient.double()
 
     def _gradient(self, module: nn.Module) -> Tensor:
         if self._reduced is not None:
-            gradient = self._reduced.get(module)
-            return torch.zeros_like(module.weight) if gradient is None else gradient  # type: ignore[arg-type]
-        gradient = module.weight.grad  # type: ignore[assignment]
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            summed = self._reduced.get(module)
+            if summed is None:
+                return torch.zeros_like(weight)
+            _require_same_width(summed, weight)
+            return summed
+        gradient = module.weight.grad
         if not isinstance(gradient, Tensor):
             raise CriterionError(
                 f"a {type(module).__name__} that reads the channels has no gradient; call loss.backward() on some "
                 "images first, or watch() and update()"
             )
         return gradient
+
+
+def _require_same_width(gradient: Tensor, present: Tensor) -> None:
+    if gradient.shape != present.shape:
+        raise CriterionError(
+            f"the gradients were taken of a wider network: a weight had the shape {tuple(gradient.shape)} and has "
+            f"{tuple(present.shape)}; call reset() and then update() on some images after every removal"
+        )
 
 
 def _reads_channels(module: nn.Module) -> bool:
@@ -184,10 +204,7 @@ def _reads_channels(module: nn.Module) -> bool:
 
 def _input_scores(module: nn.Module, gradient: Tensor, reading: str) -> Tensor:
     """Score each input channel of a layer: shape ``(inputs,)``; convolutions may have groups or be transposed."""
-    groups = int(getattr(module, "groups", 1))
-    parts = gradient.chunk(groups)
-    if getattr(module, "transposed", False):  # (inputs, outputs / groups, ...)
-        parts = tuple(part.transpose(0, 1) for part in parts)
+    parts = filters_first(module, gradient).chunk(int(getattr(module, "groups", 1)))
     return torch.cat([channel_scores(part, reading) for part in parts])
 
 
@@ -224,7 +241,8 @@ class DiscriminationAwarePruner:
         pruning_ratio: the share of every group's channels to remove, ``floor(ratio * n)``; with ``adapt=True`` the
             most that may leave.
         ignored_layers: modules whose channels stay; a container stands for everything in it.
-        training: images and labels for ``head_epochs``, run through once an epoch; by default ``batches``.
+        training: images and labels for ``head_epochs``, such as a DataLoader, run through anew every epoch; by default
+            ``batches``.
         seed: of the heads' weights.
         work: a folder for checkpoints, one a layer; an interrupted choice goes on with them.
         progress: shows bars.
@@ -236,6 +254,7 @@ class DiscriminationAwarePruner:
     Raises:
         BudgetError: if the ratio is out of range.
         CriterionError: if an option is unknown or out of range.
+        DataError: if ``training`` can be run through only once.
     """
 
     def __init__(
@@ -254,6 +273,11 @@ class DiscriminationAwarePruner:
     ) -> None:
         if not 0 <= pruning_ratio < 1:
             raise BudgetError(f"pruning_ratio must lie in [0, 1), got {pruning_ratio:g}")
+        if isinstance(training, Iterator):
+            raise DataError(
+                f"training must give its images anew for every epoch; a {type(training).__name__} gives them once: "
+                "pass a DataLoader or a list"
+            )
         try:
             self._selector = DiscriminationAwareSelector(**options)
         except TypeError as error:
@@ -261,7 +285,7 @@ class DiscriminationAwarePruner:
                 f"DiscriminationAwarePruner cannot take the options {options}: {error}"
             ) from error
         self.model = model
-        self.example_inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        self.example_inputs = as_arguments(example_inputs)
         self.pruning_ratio = pruning_ratio
         self.removals: tuple[ChannelRemoval, ...] = ()
         self._ignored, self._batches, self._training = ignored_layers, batches, training
@@ -293,8 +317,12 @@ class DiscriminationAwarePruner:
         return [(removal.layer, True, list(removal.channels)) for removal in self.removals]
 
     def _tuning(self, batches: Sequence[Batch]) -> TuningData | None:
+        training = self._training
         if not self._selector.head_epochs:
             return None
-        training = batches if self._training is None else self._training
+        if training is None:
+            return TuningData.of(batches)
+        if isinstance(training, DataLoader) and not isinstance(training.dataset, IterableDataset):
+            return TuningData(lambda _: training, len(training), len(training.dataset))  # type: ignore[arg-type]
         sizes = [len(labels) for _, labels in training]
         return TuningData(lambda _: training, len(sizes), sum(sizes))

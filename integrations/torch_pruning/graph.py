@@ -18,6 +18,7 @@ from torch_pruning import ops
 from torch_pruning.dependency import Group
 from torch_pruning.pruner import function
 
+from dscore_plugin.arguments import as_arguments
 from dscore_plugin.costs import Cost, CostTable, CostTerm
 from dscore_plugin.errors import CriterionError, ModelError
 from dscore_plugin.groups import ChannelGroup, Member, Role, ScoredGroup
@@ -107,7 +108,7 @@ class PruningGraph:
 
     Args:
         model: the network; frozen parameters and training mode are fine, parametrised weights are not.
-        example_inputs: the arguments of one forward pass, with a batch dimension.
+        example_inputs: the arguments of one forward pass, with a batch dimension (a tensor stands for one argument).
         ignored: modules whose channels must stay; a container stands for everything in it.
 
     Attributes:
@@ -115,19 +116,23 @@ class PruningGraph:
             say why in ``protected``, such as layers that share a parameter.
 
     Raises:
-        ModelError: if a weight is parametrised or the network cannot be traced.
+        ModelError: if a weight is parametrised, the network cannot be traced, or something else than modules is given
+            for modules.
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: tuple[Any, ...], ignored: Sequence[nn.Module] = ()
+        self,
+        model: nn.Module,
+        example_inputs: Tensor | tuple[Any, ...],
+        ignored: Sequence[nn.Module] = (),
     ) -> None:
-        self.model = model
-        self.example_inputs = example_inputs
-        self._ignored = {inner for module in ignored for inner in module.modules()}
+        self.model = _checked(model)
+        self.example_inputs = as_arguments(example_inputs)
+        self._ignored = _all_within(ignored)
         _refuse_parametrised(model)
         recorder = CallRecorder()
         with _traceable(model), recorder.watch(model):
-            self.depgraph = _build(model, example_inputs)
+            self.depgraph = _build(model, self.example_inputs)
         self._terms = list(recorder.terms.values())
         self._outputs = set(recorder.outputs)
         self._calls = {grad_fn: (name, call) for name, call, grad_fn in recorder.passing}
@@ -339,6 +344,27 @@ def _build(model: nn.Module, example_inputs: tuple[Any, ...]) -> ChannelGraph:
             f"{type(model).__name__} cannot be traced with inputs of shape {shapes}: {error}; "
             "check the input shape, and that forward() runs on it"
         ) from error
+
+
+def _checked(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"expected a network (nn.Module), got a {type(model).__name__}; build one by name with "
+            "dscore_plugin.models.create_model"
+        )
+    return model
+
+
+def _all_within(ignored: Any) -> set[nn.Module]:
+    """Return the ignored modules and everything in them."""
+    found: set[nn.Module] = set()
+    for thing in (ignored,) if isinstance(ignored, str | nn.Module) else ignored:
+        if not isinstance(thing, nn.Module):
+            raise ModelError(
+                f"ignored layers are modules, not {thing!r}; from a name: model.get_submodule('layer2')"
+            )
+        found.update(thing.modules())
+    return found
 
 
 def _refuse_parametrised(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch_pruning.dependency import Group
 from torch_pruning.pruner import function
 
 from dscore_plugin.criteria.dependency_aware import input_mass
+from dscore_plugin.filters import filters_first
 from dscore_plugin.groups import ChannelGroup
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.training.sparsity import ScoredLayer
@@ -114,13 +115,8 @@ def _at_root(item: GroupItem, values: Tensor, place: dict[int, int]) -> Tensor |
 def _consumed(item: GroupItem) -> Tensor:
     """Return the mean magnitude of the weights that read each input channel of a layer."""
     module = item.dep.target.module
-    if isinstance(module, nn.Linear):
-        return input_mass(module.weight, module.in_features)
-    weight = module.weight
-    if module.transposed:  # (in, out / groups, ...)
-        grouped = weight.view(module.groups, -1, *weight.shape[1:]).transpose(1, 2)
-        weight = grouped.flatten(0, 1)
-    return input_mass(weight, module.in_channels)
+    inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+    return input_mass(filters_first(module, module.weight), inputs)
 
 
 def _scale(item: GroupItem) -> Tensor:
@@ -129,12 +125,7 @@ def _scale(item: GroupItem) -> Tensor:
     if item.dep.target.type in _NORMS:
         width = int(max(item.idxs)) + 1
         return torch.ones(width) if module.weight is None else module.weight.detach().abs()
-    weight = module.weight.detach().abs()
-    if getattr(module, "transposed", False):
-        return (
-            weight.view(module.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1).flatten(1).mean(1)
-        )
-    return weight.flatten(1).mean(dim=1)
+    return filters_first(module, module.weight.detach()).abs().flatten(1).mean(dim=1)
 
 
 def scored_layers(graph: PruningGraph) -> tuple[ScoredLayer, ...]:

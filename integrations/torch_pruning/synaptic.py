@@ -32,6 +32,8 @@ _ARITHMETIC = (
 )  # with what DepGraph does not show, such as the image
 _MOVING = ("Permute", "Transpose", "TBackward", "PixelShuffle", "PixelUnshuffle", "Movedim", "Roll", "Flip")
 _FLATTENING = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze")
+_SELECTING = ("Index", "IndexSelect")
+_WIDTHS = ("num_features", "num_channels", "out_channels", "out_features")
 
 
 class SynapticStrengthImportance(torch_pruning_importance.Importance):
@@ -71,12 +73,12 @@ class SynapticStrengthImportance(torch_pruning_importance.Importance):
         return score + _apart(float(score.max()), len(score)) if found else None
 
 
-def kernel_scores(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, Tensor]:
+def kernel_scores(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> dict[str, Tensor]:
     """Score the connections of every convolution by the magnitude of their synaptic strength.
 
     Args:
         model: the network, left as it is; a reparameterised one must be converted back first.
-        example_inputs: the arguments of one forward pass.
+        example_inputs: the arguments of one forward pass (a tensor stands for one argument).
 
     Returns:
         For each convolution, by qualified name, shape ``(out, in / groups)``, float32, at least 0; the lowest is
@@ -187,10 +189,20 @@ def _scales(node: Any, flatten: bool) -> Tensor | None:
     if not _passes_on(node, flatten):
         return None
     scales = _scales(_data_inputs(node)[0], flatten)
-    if scales is not None and "IndexSelect" in _label(node):
-        index = node.grad_fn._saved_index.cpu()
-        return scales[index] if node.grad_fn._saved_dim == 1 else None
-    return scales
+    if scales is None or _label(node) not in _SELECTING:
+        return scales
+    index = _selected(node)
+    return None if index is None else scales[index]
+
+
+def _selected(node: Any) -> Tensor | None:
+    """Return which channels an indexing gives out; None if it does not index channels alone."""
+    fn = node.grad_fn
+    if _label(node) == "IndexSelect":
+        return fn._saved_index.cpu() if fn._saved_dim == 1 else None
+    used = [(dim, index) for dim, index in enumerate(fn._saved_indices) if index is not None]
+    (dim, index) = used[0]
+    return index.cpu() if len(used) == 1 and dim == 1 and index.ndim == 1 else None
 
 
 def _joined(node: Any, flatten: bool) -> Tensor | None:
@@ -202,20 +214,45 @@ def _joined(node: Any, flatten: bool) -> Tensor | None:
     for function_of_part, output in node.grad_fn.next_functions:
         if function_of_part is None:  # the image, or a constant
             return None
-        width = function_of_part._input_metadata[output].shape[1]
         source = known.get(function_of_part)
         scales = None if source is None else _scales(source, flatten)
-        parts.append(scales if scales is not None and len(scales) == width else torch.ones(width))
+        if scales is None:
+            traced = function_of_part._input_metadata[output].shape[1]
+            scales = torch.ones(_width(source, traced))
+        parts.append(scales)
     return torch.cat(parts)
 
 
+def _width(node: Any, traced: int) -> int:
+    """Count the channels that a node gives: those of the layer they come from, which may have lost some since."""
+    module = getattr(node, "module", None)
+    known = next((getattr(module, name) for name in _WIDTHS if hasattr(module, name)), None)
+    if known is not None:
+        return int(known)
+    return _width(_data_inputs(node)[0], traced) if node is not None and _keeps_width(node) else traced
+
+
+def _keeps_width(node: Any) -> bool:
+    """Whether a node gave as many channels as it read when the network was traced."""
+    sources = _data_inputs(node)
+    if not sources or node.grad_fn is None:
+        return False
+    read = [fn._input_metadata[nr] for fn, nr in node.grad_fn.next_functions if fn is sources[0].grad_fn]
+    widths = {
+        metadata.shape[1] for metadata in (*read, *node.grad_fn._input_metadata) if len(metadata.shape) > 1
+    }
+    return len(widths) == 1
+
+
 def _passes_on(node: Any, flatten: bool = False) -> bool:
-    """Whether a node is a function of one input that leaves the channels where they are."""
+    """Whether a node is a function of one input that leaves the channels where they are, or selects some."""
     if node.type == ops.OPTYPE.PRELU:
         return True
-    moved = (*_ARITHMETIC, *_MOVING, *(() if flatten else _FLATTENING))
+    label = _label(node)
     is_function = node.type == ops.OPTYPE.ELEMENTWISE or (flatten and node.type == ops.OPTYPE.RESHAPE)
-    return is_function and len(_data_inputs(node)) == 1 and not _label(node).startswith(moved)
+    if not is_function or len(_data_inputs(node)) != 1 or label.startswith((*_ARITHMETIC, *_MOVING)):
+        return False
+    return flatten if label.startswith(_FLATTENING) else label in _SELECTING or _keeps_width(node)
 
 
 def _data_inputs(node: Any) -> list[Any]:

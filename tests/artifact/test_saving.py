@@ -606,6 +606,7 @@ def test_changed_names_make_a_custom_model_unless_the_architecture_was_given(tmp
         ({"model_args": {"act_layer": nn.ReLU}}, "expected a plain value"),
         ({"model_args": {"nonsense": 1}}, "cannot be built"),
         ({"input_shape": (3, -1, 8)}, "input_shape"),
+        ({"input_shape": (1, 3, 8, 8)}, r"input_shape is \[1, 3, 8, 8\]; expected .* without the batch"),
         ({"metrics": {"dense": {"top1": float("nan")}}}, "plain, finite"),
     ],
 )

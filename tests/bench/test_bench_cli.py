@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dscore_plugin.bench import command
+from dscore_plugin.bench.protocol import load_protocol
+from dscore_plugin.bench.survey import survey
 from dscore_plugin.cli import main
-from tests.bench.helpers import PROTOCOL, record, save_weights, write_protocol
+from tests.bench.helpers import PROTOCOL, place, record, save_weights, write_protocol
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -95,6 +98,9 @@ def test_results_are_shown_without_a_protocol(dscore: Run, tmp_path: Path) -> No
         ([], "name a protocol"),
         (["tiny.json"], "pass --weights FILE"),
         (["missing.json", "--weights", "w"], "missing.json is missing"),
+        (["tiny.json", "--weights", "w", "--data", "digits", "--list"], "expected the weights of digits_cnn"),
+        (["tiny.json", "--weights", ".", "--data", "digits", "--list"], "expected the weights of digits_cnn"),
+        (["--table", "x.json", "--only", "l1"], "--only chooses what runs"),
         (["--table", "missing.json"], "missing.json is missing"),
         (["tiny.json", "--weights", "w", "--data", "digits"], "expected the weights of digits_cnn"),
     ],
@@ -104,3 +110,32 @@ def test_bad_input(dscore: Run, tmp_path: Path, arguments: list[str], message: s
     code, _, err = dscore(*arguments)
     assert code == 2
     assert message in err
+
+
+def test_a_page_without_a_place_is_refused_before_any_cell_runs(
+    dscore: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "run_bench", lambda *_, **__: pytest.fail("it ran"))
+    path, weights = write_protocol(tmp_path), save_weights(tmp_path)
+    code, _, err = dscore(path, "--data", "digits", "--weights", weights, "--into", "page.md")
+    assert code == 2
+    assert "page.md has no place for the tables" in err
+
+
+@pytest.mark.parametrize(("only", "expected"), [("l1", 0), ("random", 1)])
+def test_the_exit_code_tells_of_the_cells_that_were_asked_for(
+    dscore: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: str, expected: int
+) -> None:
+    path, here = write_protocol(tmp_path), place(tmp_path)
+    cells = {entry.cell.row: entry.cell for entry in survey(load_protocol(path), []).entries}
+    mine = {
+        row: {"id": cell.id, "weights": {"file": "", "sha256": here.digest}} for row, cell in cells.items()
+    }
+    records = [{**record("l1"), **mine["l1"]}, {**record("random", failed="out of memory"), **mine["random"]}]
+    found = survey(load_protocol(path), records, here).only([only])
+    monkeypatch.setattr(command, "run_bench", lambda *_, **__: found)
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    code, _, err = dscore(
+        path, "--data", "digits", "--weights", here.weights, "--out", "r.json", "--only", only
+    )
+    assert code == expected, err

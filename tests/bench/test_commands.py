@@ -59,10 +59,8 @@ def cells(protocol: Protocol) -> list[Cell]:
 
 
 def portable(job: PruneJob) -> dict[str, Any]:
-    """What matters of a run, but for paths, loader processes and how often it is looked at."""
+    """What matters of a run, but for paths."""
     content = job.identity()
-    for training in (content["training"], content["round_training"]):
-        del training["validate_every"]
     content["source"] |= {
         "weights": Path(content["source"]["weights"]).name,
         "data": content["source"]["data"][:7],
@@ -107,7 +105,7 @@ def test_every_kind_of_option(tmp_path: Path, asked: list[Any], monkeypatch: pyt
     }  # fmt: skip
     odd = {
         "criterion": "d_score", "calibration_images": 7, "layers": "inner", "min_channels": 2, "round_to": 4,
-        "criterion_options": {"group_reduction": "max", "number": 3},
+        "criterion_options": {"group_reduction": "max"},
     }  # fmt: skip
     changes: dict[str, Any] = {"blocks": [block], "rows": {"odd": odd}, "recalibrate": False}
     changes["training"] = {"epochs": 4, "learning_rate": 0.05, "precision": "float32", "weight_decay": 0.0}

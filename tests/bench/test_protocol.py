@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from dscore_plugin.bench.commands import NO_EFFECT
 from dscore_plugin.bench.protocol import NO_OPTIONS, Best, load_protocol
 from dscore_plugin.cli import prune
 from dscore_plugin.errors import DScoreError
 from dscore_plugin.registry import list_criteria
-from dscore_plugin.training.config import TrainingConfig
+from dscore_plugin.training.config import NO_EFFECT, TrainingConfig
 from tests.bench.helpers import write_protocol
 
 COMMITTED = sorted((Path(__file__).parents[2] / "benchmarks" / "criteria").glob("*.json"))
@@ -53,16 +52,16 @@ def block(**changes: Any) -> dict[str, Any]:
     ("changes", "message"),
     [
         ({"modell": "x"}, "no field 'modell'; did you mean 'model'"),
-        ({"blocks": []}, "needs 'blocks', a list"),
-        ({"blocks": ["all"]}, "a block that is no object"),
+        ({"blocks": []}, "blocks=\\[\\] is not valid; expected a list"),
+        ({"blocks": ["all"]}, "the block 'all' is no object"),
         (block(rows=["l3"]), "criterion 'l3' is unknown"),
-        (block(rows=[3]), "has the row 3"),
-        (block(seed=[1]), "block has no field 'seed'; did you mean 'seeds'"),
+        (block(rows=[3]), "the row 3 is not valid"),
+        (block(seed=[1]), "the block 'b' has no field 'seed'; did you mean 'seeds'"),
         (block(target_macs=[1.5]), "target_macs"),
         (block(allocations=["even"]), "allocation 'even' is unknown"),
         (block(rounds=2), "rounds of 2 or more with round_epochs"),
         (block(rounds=2, round_epochs=1), "no epoch of 1 for the last round"),
-        (block(training={"momentum": 0.5}), "takes no field 'momentum'"),
+        (block(training={"momentum": 0.5}), "the training has no field 'momentum'"),
         (block(training={"learning_rat": 0.5}), "did you mean 'learning_rate'"),
         (block(training={"epochs": 0}), "epochs=0"),
         (block(rows=[{"best": 1}]), "no block before it"),
@@ -70,6 +69,23 @@ def block(**changes: Any) -> dict[str, Any]:
         (block(rows=[{"best": 1, "of": "theirs", "from": "x.json"}]), "'theirs'"),
         (block(rows=[{"best": 1, "form": "x.json"}]), "no field 'form'"),
         ({"rows": {"l1": {"ratio": 0.5}}}, "row 'l1' has no field 'ratio'"),
+        ({"rows": {"l1": 5}}, "the row 'l1' is 5; expected an object"),
+        ({"rows": {"l1": {"layers": 5}}}, "the row 'l1' has layers=5; expected text"),
+        ({"recalibrate": 1}, "the protocol has recalibrate=1; expected true or false"),
+        ({"training": {"batch_size": 64}}, "the training lacks 'epochs'"),
+        ({"training": 3}, "the protocol has training=3; expected an object"),
+        ({"analysis": {"image": 5}}, "the analysis has no field 'image'; did you mean 'images'"),
+        ({"analysis": {"images": None}}, "the analysis has images=null; expected a whole number"),
+        ({"analysis": {"ratios": ["0.5"]}}, "expected a list, each a number"),
+        (block(target_macs=0.5), "target_macs=0.5 is not valid; expected a list"),
+        (block(target_macs=["0.5"]), "the block 'b' has target_macs=.*expected a list, each a number"),
+        (block(seeds=3), "seeds=3 is not valid; expected a list"),
+        (block(seeds=[True]), "expected a list, each a whole number"),
+        (block(seeds=[-1]), "seed=-1"),
+        (block(training={"learning_rate": "0.1"}), "the training has learning_rate='0.1'; expected a number"),
+        (block(training={"milestones": 3}), "the training has milestones=3; expected a list"),
+        (block(rows=[{"best": "3", "from": "x.json"}]), "the row has best='3'; expected a whole number"),
+        (block(target_macs=[50], rows=[{"best": 1, "from": "x.json"}]), "target_macs"),
         ({"blocks": block()["blocks"] * 2}, "names of their own"),
     ],
 )

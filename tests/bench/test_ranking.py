@@ -31,6 +31,22 @@ def test_only_cells_that_compare_are_asked() -> None:
     assert best_rows([*ours, *others], 3) == ["d_score", "d_step"]
 
 
+def test_only_cells_of_one_schedule_are_compared() -> None:
+    """That of most rows, or else the first; of several settings of a row the last count."""
+    ours = [record("d_score", validation=50), record("d_step", validation=40)]
+    other = record(
+        "d_step", validation=99, command="dscore prune --criterion d_step --mixup 0.2 --out runs/x"
+    )
+    assert best_rows([*ours, other], 2) == best_rows([other, *ours], 2) == ["d_score", "d_step"]
+    longer = [record(row, validation=top1, epochs=30) for row, top1 in (("d_step", 80), ("d_score", 70))]
+    assert best_rows([*ours, *longer], 2) == ["d_score", "d_step"]
+    assert best_rows([*longer, *ours], 2) == ["d_step", "d_score"]
+    again = record(
+        "d_step", validation=60, command="dscore prune --criterion d_step --round-to 8 --out runs/x"
+    )
+    assert best_rows([*ours, again], 2) == ["d_step", "d_score"]
+
+
 def test_equals_keep_the_order_of_the_registry() -> None:
     records = [record(row, validation=70) for row in ("synaptic_strength", "d_step", "d_score")]
     assert best_rows(records, 3) == ["d_score", "d_step", "synaptic_strength"]

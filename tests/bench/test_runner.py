@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import torch
 
 from dscore_plugin import pipeline
 from dscore_plugin.bench import runner
-from dscore_plugin.bench.cells import Place
+from dscore_plugin.bench.cells import Cell, Place
 from dscore_plugin.bench.claims import first_free
 from dscore_plugin.bench.protocol import Protocol, load_protocol
-from dscore_plugin.bench.records import NEEDED, Record, add_records, read_records
+from dscore_plugin.bench.records import NEEDED, Record, read_records
 from dscore_plugin.bench.runner import run_bench
 from dscore_plugin.bench.survey import DONE, FAILED, STARTED, TO_DO, UNFIT, seconds_left, survey
-from dscore_plugin.errors import BenchError
+from dscore_plugin.errors import BenchError, TrainingError
+from dscore_plugin.training import loop
 from tests.bench.helpers import PROTOCOL, place, record, save_weights, write_protocol
 
 MEASURED = ("macs_kept", "params_kept", "top1_dense", "top1_pruned", "top1_recalibrated", "top1_finetuned")
@@ -178,7 +180,8 @@ def test_a_cell_of_another_process_is_left_to_it(
         assert seconds == runner._PATIENCE
         if ending != "dies":
             metrics = record("random", validation=99.0, failed="out of memory" if ending == "fails" else None)
-            add_records(out, [{**metrics, "id": theirs.id, "weights": {"file": "", "sha256": here.digest}}])
+            metrics |= {"id": theirs.id, "weights": {"file": "", "sha256": here.digest}}
+            runner._write(metrics, theirs, here, out)
         other.close()
 
     monkeypatch.setattr(runner.time, "sleep", end)
@@ -190,6 +193,32 @@ def test_a_cell_of_another_process_is_left_to_it(
     expected = {"finishes": ["l1", "random"], "fails": ["l1", "l1"], "dies": ["l1", "random", mine[-1]]}
     assert mine == expected[ending]
     assert [entry.state for entry in found.entries] == [FAILED if ending == "fails" else DONE, DONE, DONE]
+
+
+def test_redo_leaves_out_what_another_process_has_just_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, here, out = protocol(tmp_path), place(tmp_path), tmp_path / "out.json"
+    cells, ran = survey(asked, []).left, list[str]()
+
+    def measured(cell: Cell, *_: Any) -> Record:
+        return {**record(cell.row), "id": cell.id, "weights": {"file": "", "sha256": here.digest}}
+
+    def attempt(cell: Cell, *_: Any) -> Record:
+        ran.append(cell.row)
+        return measured(cell)
+
+    def attempt_beside_another(cell: Cell, *_: Any) -> Record:
+        runner._write(measured(cells[1]), cells[1], here, out)
+        return attempt(cell)
+
+    monkeypatch.setattr(runner, "_attempt", attempt)
+    run_bench(asked, here, out)
+    run_bench(asked, here, out, redo=True)
+    assert ran == ["random", "l1", "random", "l1"]
+    monkeypatch.setattr(runner, "_attempt", attempt_beside_another)
+    run_bench(asked, here, out, redo=True)
+    assert ran[4:] == ["random"]
 
 
 def test_processes_take_different_cells(tmp_path: Path) -> None:
@@ -226,6 +255,70 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     run_bench(asked, Place("digits", here.weights, whole / "work", "cpu"), whole / "out.json")
     assert numbers(resumed) == numbers(read_records(whole / "out.json"))
+
+
+SENSITIVITY = [{**PROTOCOL["blocks"][0], "rows": ["l1"], "allocations": ["sensitivity"]}]
+
+
+def test_an_interrupted_run_goes_on_from_other_folders_and_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = protocol(tmp_path, blocks=SENSITIVITY, training={**PROTOCOL["training"], "epochs": 2})
+    here, out, save = place(tmp_path), tmp_path / "out.json", loop.save_checkpoint
+
+    def interrupt(*arguments: Any) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_bench(asked, here, out)
+    there = tmp_path / "there"
+    shutil.move(here.work, there / "work")
+    shutil.move(here.weights, there / "renamed.safetensors")
+    said: list[str] = []
+    run_bench(asked, Place("digits", there / "renamed.safetensors", there / "work"), out, say=said.append)
+    assert any(line.startswith("continuing the run in") for line in said)
+    (entry,) = read_records(out)
+    assert entry["top1_finetuned"] is not None
+
+
+def test_what_another_version_left_is_begun_again(tmp_path: Path) -> None:
+    asked, here, out = protocol(tmp_path, blocks=SENSITIVITY), place(tmp_path), tmp_path / "out.json"
+    (cell,) = survey(asked, []).left
+    for folder in (cell.folder(here), cell.table_folder(here)):
+        work = folder.with_name(folder.name + ".work")
+        work.mkdir(parents=True)
+        (work / "job.json").write_text('{"source": {"model": "older"}}')
+    said: list[str] = []
+    run_bench(asked, here, out, say=said.append)
+    assert sum(line.endswith("starting over") and "--force" not in line for line in said) == 2
+    assert "failed" not in read_records(out)[0]
+
+
+@pytest.mark.parametrize("cause", [None, OSError("no space left")])
+def test_a_checkpoint_of_other_hardware_is_begun_again_but_not_one_that_a_full_disk_interrupts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: OSError | None
+) -> None:
+    asked, here, out = (
+        protocol(tmp_path, blocks=[{**SENSITIVITY[0], "allocations": ["uniform"]}]),
+        place(tmp_path),
+        tmp_path / "out.json",
+    )
+    (cell,) = survey(asked, []).left
+    cell.job(here).work.mkdir(parents=True)
+    errors = [TrainingError("cannot resume: precision differs; train anew")]
+    run = runner.run_prune
+
+    def refuse_once(*arguments: Any) -> Any:
+        if errors:
+            raise errors.pop() from cause
+        return run(*arguments)
+
+    monkeypatch.setattr(runner, "run_prune", refuse_once)
+    run_bench(asked, here, out)
+    assert ("failed" in read_records(out)[0]) == cell.job(here).work.exists() == (cause is not None)
 
 
 @pytest.mark.parametrize("where", ["finished_record", "write_json", "add_records"])
@@ -304,7 +397,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path: Path) -> None:
     asked, here, out = protocol(tmp_path), place(tmp_path), tmp_path / "out.json"
     with pytest.raises(BenchError, match="measured on digits; got the data 'cifar10'"):
         run_bench(asked, Place("cifar10", here.weights, here.work), out)
-    with pytest.raises(BenchError, match="missing; expected the weights of digits_cnn"):
+    with pytest.raises(BenchError, match="no file; expected the weights of digits_cnn"):
         run_bench(asked, Place("digits", tmp_path / "none", here.work), out)
     with pytest.raises(BenchError, match="--only 'randon' names no row.*did you mean 'random'"):
         run_bench(asked, here, out, only=["randon"])

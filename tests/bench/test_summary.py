@@ -57,6 +57,39 @@ def test_only_what_compares_shares_a_table() -> None:
     assert [len(group.lines) for group in group_records(others)] == [1, 1, 2, 1, 1]
 
 
+def command(options: str = "", seed: int = 0) -> str:
+    """The command of a cell by sensitivity, as one machine or another writes it."""
+    data = ("--data cifar10", "--data cifar10:PATH")[seed % 2]
+    seeded = f"--seed {seed} " if seed else ""
+    return (
+        f"dscore sensitivity {data} {seeded}--criterion l1 --out sensitivity/l1-seed{seed} && dscore prune {data} "
+        f"{seeded}--criterion l1 --target-macs 0.5 --sensitivity sensitivity/l1-seed{seed}/sensitivity.json "
+        f"--epochs 9 {options}".strip()
+        + f" --out runs/l1-seed{seed}"
+    )
+
+
+def test_a_line_holds_the_seeds_of_one_run_and_says_what_sets_it_apart() -> None:
+    records = [
+        *(record("l1", seed=seed, finetuned=90.0, command=command(seed=seed)) for seed in (0, 1)),
+        *(record("l1", seed=seed, finetuned=80.0, command=command("--mixup 0.2", seed)) for seed in (0, 1)),
+        record("l1", finetuned=70.0, command=command("--criterion-option group_reduction=max --rerank")),
+        record("l1", finetuned=60.0, distill=0.5, command=command("--distill 0.5")),
+        record("l1", finetuned=50.0, distill=0.9, command=command("--distill 0.9")),
+        record("l2", finetuned=40.0, command=command("--mixup 0.2")),
+        record("l1", finetuned=30.0, rounds=3, command=command("--rounds 3 --round-epochs 3")),
+        record("l2", finetuned=20.0, epochs=8, command=command("--mixup 0.2")),
+    ]
+    assert [[(line.label, len(line.records)) for line in group.lines] for group in group_records(records)] == [
+        [
+            ("l1", 2), ("l1 (mixup 0.2)", 2), ("l1 (group_reduction=max, rerank)", 1),
+            ("l1 (distilled, distill 0.5)", 1), ("l1 (distilled, distill 0.9)", 1), ("l2 (mixup 0.2)", 1),
+            ("l1 (3 rounds)", 1),
+        ],
+        [("l2", 1)],
+    ]  # fmt: skip
+
+
 def test_missing_numbers_and_failures_are_said() -> None:
     bare = record("l2", top1_recalibrated=None, scoring_seconds=None)
     failed = record("dcp", failed="MemoryError: no more", top1_finetuned=None)
@@ -114,6 +147,21 @@ def test_accuracy_over_macs_where_there_are_several_targets(tmp_path: Path, draw
     curve = panels[0].containers[0][0]
     assert list(curve.get_xdata()) == pytest.approx([34, 49, 69])
     assert list(curve.get_ydata()) == pytest.approx([35.5, 50.5, 70.5])
+
+
+def test_a_curve_holds_one_run_of_one_network(tmp_path: Path, drawn: list[Any]) -> None:
+    records = [
+        record("l1", target_macs=target, weights={"file": "w", "sha256": weights}, command=options)
+        for weights, target, options in (
+            ("1", 0.5, ""), ("1", 0.3, ""), ("1", 0.5, "x --mixup 0.2"), ("1", 0.7, "x --mixup 0.2"),
+            ("2", 0.5, ""), ("2", 0.3, ""), ("3", 0.5, ""),
+        )
+    ]  # fmt: skip
+    pictures = [picture.name for picture in draw(records, tmp_path, "x")]
+    assert pictures[-2:] == ["x_macs_1.png", "x_macs_2.png"]
+    lengths = [[len(line.containers) for line in figure.axes] for figure in drawn[-2:]]
+    assert lengths == [[2], [1]]
+    assert [len(curve[0].get_xdata()) for curve in drawn[-2].axes[0].containers] == [2, 2]
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:

@@ -302,3 +302,29 @@ def test_ranks_are_a_permutation_with_ties_by_index() -> None:
     assert rank(torch.tensor([2.0, 1.0, 2.0, 0.0])).tolist() == [2, 1, 3, 0]
     assert rank(torch.zeros(0)).tolist() == []
     assert rank(torch.tensor([[3.0, 1.0], [0.0, 0.0]])).tolist() == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_distances_are_taken_in_full_precision_whatever_is_set(
+    legacy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if legacy:  # torch before 2.9
+        monkeypatch.delattr(type(torch.backends.mkldnn), "matmul", raising=False)
+    weight = torch.randn(160, 128, 3, 3, generator=torch.Generator().manual_seed(0))
+    expected = d_step_gm(weight)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(d_step_gm(weight), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+def test_a_precision_set_for_one_device_alone_is_no_obstacle() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # now torch refuses to say what holds for all
+    try:
+        d_step_gm(torch.randn(160, 128, 3, 3))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -94,6 +94,15 @@ def test_numbers_and_their_ratios_to_the_dense_network() -> None:
     assert cells(finetuned)[4:] == ["–", "–"]
 
 
+def test_a_sensitivity_measured_on_test_images_is_said_to_be() -> None:
+    def plan(protocol: str) -> str:
+        made_by = {"allocation": "sensitivity", "sensitivity": {"images": 2000, "protocol": protocol}}
+        return section(report_markdown(STRUCTURE | {"plan": {"made_by": made_by}}, METRICS), "Plan")
+
+    assert "- sensitivity: measured on 2000 test images, which the ratios therefore know" in plan("test")
+    assert plan("validation").endswith("- sensitivity: measured on 2000 validation images")
+
+
 def test_latencies_that_were_disturbed_are_said_to_be() -> None:
     def both(iqr: float) -> tuple[str, str]:
         metrics = METRICS | {"pruned": PRUNED | {"latency_ms": {"1": {"median": 3.0, "iqr": iqr}}}}

@@ -38,7 +38,7 @@ def run(model: nn.Module, images: Tensor, names: Sequence[str], stop: bool) -> t
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            seen[name] = output
+            seen[name] = output.clone()  # what follows may change it in place
             if stop and name == names[-1]:
                 raise StopPassError
 

@@ -139,6 +139,13 @@ def test_the_winner_and_every_count_are_those_of_the_naive_loop(name: str, kind:
     assert forwards_are_their_own(model)
 
 
+def test_networks_of_volumes_are_searched() -> None:
+    model, shape = SMALL["conv_3d"].randomised(), SMALL["conv_3d"].shape
+    images, pools = labelled_images(model, 30, shape, wrong=3), channel_pools(model, shape, 0.5)
+    expected = [naive(model, pools, sample_candidate(pools, 0, i), images) for i in range(3)]
+    assert list(search(model, pools, images, Options(3)).correct) == expected
+
+
 def test_memory_decides_the_pieces_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network("digits_cnn")
     images, pools = labelled_images(model, 50, SHAPE, wrong=5), channel_pools(model, SHAPE)

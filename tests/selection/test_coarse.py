@@ -227,7 +227,11 @@ def test_the_same_seed_gives_the_same_plan_and_work_is_gone_on_with(
         ({"selection_images": 0}, BudgetError, "selection_images"),
         ({"temperature": 0}, BudgetError, "temperature"),
         ({"proposal": "d_scor"}, CriterionError, "did you mean 'd_score'"),
-        ({"proposal": "taylor"}, CriterionError, "'taylor' does not score by weights alone"),
+        (
+            {"proposal": "taylor"},
+            CriterionError,
+            "'taylor' does not score channels or kernels by weights alone",
+        ),
         ({"colour": "red"}, CriterionError, "colour"),
     ],
 )
@@ -244,7 +248,7 @@ def test_options_are_checked_when_it_is_built(
         ({"granularity": "layer"}, {}, CriterionError, "channels or kernels; got the granularity 'layer'"),
         ({"granularity": "kernel", "goal": "target_macs"}, {}, BudgetError, "kernels leave by ratio"),
         ({"granularity": "kernel", "amount": 1.0}, {}, BudgetError, "between 0 and 1"),
-        ({"granularity": "kernel"}, {"proposal": "d_score"}, CriterionError, "scores no kernels"),
+        ({"granularity": "kernel"}, {"proposal": "d_score"}, CriterionError, "does not score kernels"),
         ({"amount": 0.01}, {}, BudgetError, "nothing would leave"),
     ],
 )

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dscore_plugin import get_criterion
 from dscore_plugin.datasets import ImageData, ImageSet
 from dscore_plugin.errors import ArtifactError, CriterionError, DataError, ModelError
-from dscore_plugin.groups import removal_count
+from dscore_plugin.groups import ChannelGroup, removal_count
 from dscore_plugin.integrations.torch_pruning.graph import PruningGraph
 from dscore_plugin.integrations.torch_pruning.removal import remove_channels
 from dscore_plugin.models import create_model
@@ -22,10 +23,11 @@ from dscore_plugin.planning import plan_pruning, selection_request
 from dscore_plugin.selection import greedy_channels
 from dscore_plugin.selection.discrimination_aware import DiscriminationAwareSelector
 from dscore_plugin.selection.discrimination_run import TuningData
+from dscore_plugin.selection.greedy_channels import GreedyOptions, GreedySelection, LayerTask
 from dscore_plugin.selection.layer_candidates import candidates
 from dscore_plugin.training.batches import stream_seed
 from dscore_plugin.training.head_places import find_segments
-from dscore_plugin.training.heads import Heads, Losses, train_heads
+from dscore_plugin.training.heads import Heads, Losses, tapped, train_heads
 from tests.architectures import SMALL, randomised
 from tests.selection import dcp_reference as reference
 from tests.selection.helpers import Generated, forwards_are_their_own
@@ -58,6 +60,31 @@ class Toy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.blocks(torch.relu(self.bn(self.stem(x)))).mean((2, 3)))
+
+
+class PreActivated(nn.Module):
+    """A block whose last convolution goes straight into the sum."""
+
+    def __init__(self, width: int, in_place: bool) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, 6, 3, padding=1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(6), nn.Conv2d(6, width, 3, padding=1, bias=False)
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(torch.relu(self.bn1(x)))
+        y = self.conv2(torch.relu(self.bn2(y)))
+        if not self.in_place:
+            return y + x
+        y += x
+        return y
+
+
+def pre_activated(in_place: bool) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), PreActivated(5, in_place), PreActivated(5, in_place),
+        nn.BatchNorm2d(5), nn.ReLU(in_place), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4),
+    )  # fmt: skip
 
 
 def plain() -> nn.Module:
@@ -156,6 +183,17 @@ def test_options_are_those_of_the_literal_algorithm(options: dict[str, Any]) -> 
     assert_same(choose(model, data=data, heads=2, **options), model, expected, pruned)
 
 
+def test_it_does_not_matter_what_changes_a_layers_output_in_place() -> None:
+    chosen, weights = [], []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model = randomised(pre_activated(in_place)).eval()
+        chosen.append(choose(model, heads=0))
+        weights.append(model[2].conv2.weight.detach())
+    assert chosen[0] == chosen[1]
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_what_does_not_fit_into_memory_is_computed_again(share: float) -> None:
     plenty = network()
@@ -184,6 +222,46 @@ def test_the_network_computes_what_its_removal_leaves() -> None:
         expected = model(images)
         actual = plan.apply(model)(images)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+class GroupNormed(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[0].bn1, self.blocks[1] = nn.GroupNorm(2, 6), Block(5, 8)
+        self.blocks[1].bn1 = nn.GroupNorm(1, 8)
+
+
+def group_normed() -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(GroupNormed()).eval()
+
+
+def test_a_norm_over_channels_counts_those_that_stay() -> None:
+    """The loss in the end is that of the network that removal leaves, the layers before pruned, too."""
+    model, data = group_normed(), batches()
+    pruned = copy.deepcopy(model)
+    heads, options = Heads((), model, IMAGE), GreedyOptions(epsilon=100.0)
+    greedy = GreedySelection(model, model, heads, data, options)
+    gone: list[tuple[ChannelGroup, list[int]]] = []
+    for candidate in sorted(found_in(model), key=lambda c: c.layer):
+        task = LayerTask(candidate.layer, candidate.units, "", 1, candidate.group)
+        resumed = GreedySelection(model, pruned, heads, data, options, gone=((), list(gone)))
+        chosen = greedy.choose(task)
+        assert resumed.choose(task).losses == pytest.approx(chosen.losses, rel=1e-5)
+        pruned.get_submodule(candidate.layer).weight.data.copy_(chosen.weight)
+        gone.append((candidate.group, [u for u in range(candidate.group.units) if u not in chosen.order]))
+    removals = [ChannelRemoval(group.name, group.root_channels(units)) for group, units in gone]
+    remove_channels(pruned, IMAGE, removals)
+    images, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    with (
+        torch.no_grad(),
+        tapped(model, ["blocks.2.conv2"]) as dense,
+        tapped(pruned, ["blocks.2.conv2"]) as left,
+    ):
+        model(images)
+        loss = functional.cross_entropy(pruned(images), labels)
+        expected = loss + functional.mse_loss(left["blocks.2.conv2"], dense["blocks.2.conv2"])
+    assert chosen.losses[-1] == pytest.approx(float(expected), rel=1e-5)
 
 
 def image_data(count: int = 40) -> ImageData:
@@ -300,6 +378,9 @@ def test_bad_requests_are_refused_before_the_network_is_touched() -> None:
         choose(model, head_epochs=1)
     with pytest.raises(ModelError, match="no convolution that alone reads"):
         DiscriminationAwareSelector().choose(model, IMAGE, [], {}, batches())
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    with pytest.raises(ModelError, match=r"'stem.weight' is torch.bfloat16.*float\(\)"):
+        DiscriminationAwareSelector().choose(half, IMAGE, found_in(model), {}, batches())
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
@@ -346,6 +427,18 @@ def test_what_cannot_be_replayed_is_computed_every_time() -> None:
     layers = [reference.Layer(f"blocks.{block}.conv2") for block in range(3)]
     expected, pruned = reference.prune(model, layers, batches())
     assert_same(choose(model, heads=0), model, expected, pruned)
+
+
+def test_networks_of_volumes() -> None:
+    architecture = SMALL["conv_3d"]
+    model = architecture.randomised()
+    (candidate,) = found_in(model, architecture.inputs)
+    data = [(torch.randn(4, *architecture.shape), torch.arange(4))]
+    selector = DiscriminationAwareSelector(heads=0, head_passes=1)
+    orders = selector.choose(model, architecture.inputs, [candidate], {candidate.group.name: 3}, data)
+    gone = [k for k in range(8) if k not in orders[candidate.group.name]]
+    assert model.get_submodule(candidate.layer).weight.abs().sum((0, 2, 3, 4)).gt(0).sum() == 3
+    assert not model.get_submodule(candidate.layer).weight[:, gone].any()
 
 
 @pytest.mark.parametrize("name", ["cifar_preresnet20", "mobilenetv2_035", "resnet10t"])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,22 @@ def test_slices_make_up_the_maps_and_stay_below_the_limit(limit):
     for name, parts in found.items():
         torch.testing.assert_close(torch.cat(parts, dim=1), expected[name], rtol=1e-4, atol=1e-4)
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_of_other_types_run_in_float32(dtype):
+    model = network("cifar_resnet20").to(dtype)
+    same = copy.deepcopy(model).float()
+    images = labelled_images(same, 6, SHAPE)
+    model.load_state_dict(same.state_dict())
+    sizes = feature_map_sizes(model, (EXAMPLE[0].to(dtype),), MODULES[:1])
+    (found,), (expected,) = (
+        list(feature_maps(m, images, sizes)) for m in (model, copy.deepcopy(model).float())
+    )
+    assert found.values.dtype == torch.float32
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.predicted, expected.predicted)
+    assert next(model.parameters()).dtype == dtype
 
 
 def test_as_few_passes_as_can_be():

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dscore_plugin.groups import ScoredGroup
 from dscore_plugin.masking import masked
-from dscore_plugin.selection.measurement import _silenced_modules
+from dscore_plugin.selection.measurement import silenced_modules
 from dscore_plugin.selection.replay import Prefix, Recording, Replay, Uses, replaced_forwards
 from tests.selection.helpers import forwards_are_their_own, network, scored_groups
 
@@ -30,7 +30,7 @@ def run(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def prefix_of(replay: Replay, model: nn.Module, item: ScoredGroup) -> Prefix:
-    return replay.prefix(_silenced_modules(model, item.group))
+    return replay.prefix(silenced_modules(model, item.group))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -38,6 +38,7 @@ from dscore_plugin.selection.sensitivity import (
     sensitivity_analysis,
 )
 from dscore_plugin.training.evaluation import evaluate
+from tests.architectures import SMALL
 from tests.selection.helpers import (
     forwards_are_their_own,
     labelled_images,
@@ -81,6 +82,15 @@ def test_masks_give_the_accuracies_of_physical_removal(name: str, shape: tuple[i
             assert table.layers[item.group.name][ratio_key(ratio)] == expected, (item.group.name, ratio)
             seen.add(expected)
     assert len(seen) > 3
+
+
+def test_networks_of_volumes_are_measured() -> None:
+    model, shape = SMALL["conv_3d"].randomised(), SMALL["conv_3d"].shape
+    images, scored = labelled_images(model, 30, shape, wrong=3), scored_groups(model, shape)
+    table = sensitivity_analysis(model, scored, images, ratios=(0.5,))
+    for item in scored:
+        smaller = removed(model, item, removal_count(0.5, item.group.units), shape)
+        assert table.layers[item.group.name]["0.50"] == evaluate(smaller, images).top1
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,15 @@ def test_a_head_is_batch_norm_relu_pooling_and_a_linear_layer() -> None:
     assert Head(3, 4, ndim=3)(torch.randn(2, 3, 5)).shape == (2, 4)
 
 
+def test_what_is_tapped_is_what_a_module_gave_even_if_it_is_changed_in_place_later() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad(), tapped(model, ["1"]) as features:
+        model(x)
+        assert torch.equal(features["1"], model[:2](x))
+
+
 def small() -> tuple[nn.Module, Heads, tuple[Segment, ...]]:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -207,3 +216,10 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
     model[0].weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(TrainingError, match="lower the learning rate"):
         train(model, heads, Losses.equal(heads))
+
+
+def test_an_epoch_without_batches_is_an_error() -> None:
+    model, heads, _ = small()
+    once = iter(batches())
+    with pytest.raises(TrainingError, match="epoch 2 has no batches"):
+        train_heads(model, heads, lambda _: once, 3, CONFIG, Losses.equal(heads))

@@ -243,6 +243,16 @@ def test_accelerate_with_mixed_precision_is_refused(
         train(tiny_network(), train_images, None, CONFIG)
 
 
+def test_the_device_that_is_asked_for_comes_before_accelerates(
+    train_images: TinyImages, validation_images: TinyImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, model = tiny_network(), tiny_network()
+    train(expected, train_images, validation_images, CONFIG)
+    monkeypatch.setattr(room.Accelerator, "device", property(lambda self: torch.device("meta")))
+    train(model, train_images, validation_images, CONFIG, device=torch.device("cpu"))
+    assert_same_bits(model.state_dict(), expected.state_dict())
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from dscore_plugin.errors import TrainingError
 from dscore_plugin.training import precision as room
-from dscore_plugin.training.precision import choose_precision, has_bfloat16, set_memory_format
+from dscore_plugin.training.precision import choose_device, choose_precision, has_bfloat16, set_memory_format
 
 CPU = torch.device("cpu")
 
@@ -16,6 +16,15 @@ def test_auto_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(room, "has_bfloat16", lambda device, supported=supported: supported)
         assert choose_precision("auto", CPU).bfloat16 is supported
         assert not choose_precision("float32", CPU).bfloat16
+
+
+def test_one_process_computes_where_the_user_says_and_several_where_the_launcher_does() -> None:
+    gpu, first, second = (torch.device(name) for name in ("cuda", "cuda:0", "cuda:1"))
+    assert choose_device(None, second, 2) == choose_device(gpu, second, 2) == second
+    assert choose_device(CPU, first, 1) == CPU
+    for wanted in (CPU, first):
+        with pytest.raises(TrainingError, match="2 processes, of which this one has 'cuda:1'"):
+            choose_device(wanted, second, 2)
 
 
 def test_bfloat16_is_refused_where_it_does_not_gain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,15 @@ def test_strengths_directions_shifts_and_signs_are_the_papers() -> None:
     assert model.body[3].weight.is_leaf
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_frozen_norm_stays_frozen(trained: bool) -> None:
+    model = two_layers()
+    for parameter in model.body[1].parameters():
+        parameter.requires_grad_(trained)
+    from_synaptic(to_synaptic(model, IMAGE))
+    assert [parameter.requires_grad for parameter in model.body[1].parameters()] == [trained, trained]
+
+
 def test_a_kernel_of_zeros_can_come_back() -> None:
     split = SynapticKernels()
     strength, direction = split.right_inverse(torch.zeros(1, 1, 2, 2))

@@ -112,6 +112,23 @@ def test_a_linear_layer_behind_a_flatten_is_read_channel_by_channel():
     torch.testing.assert_close(linked_score(groups_of(model)["left"]).float(), expected)
 
 
+@pytest.mark.parametrize("outputs", [3, 8])
+def test_training_and_importance_agree_on_a_transposed_convolution(outputs):
+    """Its weight is (in, out, ...); channel 5, which nothing reads, scores 0."""
+    model = randomised(
+        nn.Sequential(
+            conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, outputs, 2, 2), nn.Flatten(),
+            nn.Linear(outputs * 256, 4),
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model[3].weight[5] = 0
+    graph = PruningGraph(model, (IMAGE,))
+    (layer,) = [found for found in scored_layers(graph) if found.name == "0"]
+    assert layer.scores(model)[5] == 0
+    torch.testing.assert_close(layer.scores(model), linked_score(graph.depgroups["0"]).float())
+
+
 def test_a_residual_sum_adds_the_scales_that_reach_each_consumer():
     model = randomised(Residual())
     group = next(g for name, g in groups_of(model).items() if name in ("stem", "conv2"))

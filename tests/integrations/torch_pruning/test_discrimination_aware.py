@@ -4,7 +4,9 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch.nn import functional
 import dscore_plugin
 from dscore_plugin import DiscriminationAwareImportance, DiscriminationAwarePruner
 from dscore_plugin.criteria.discrimination_aware import channel_scores
-from dscore_plugin.errors import BudgetError, CriterionError
+from dscore_plugin.errors import BudgetError, CriterionError, DataError
 from dscore_plugin.integrations.torch_pruning import register
 from dscore_plugin.training.head_places import find_segments
 from dscore_plugin.training.heads import Heads
@@ -142,6 +144,30 @@ def test_torch_prunings_own_pruner_takes_it() -> None:
     assert model(IMAGE[0]).shape == (1, 4)
 
 
+def test_gradients_of_a_wider_network_are_refused_until_they_are_taken_anew() -> None:
+    model = network()
+    importance = DiscriminationAwareImportance()
+    importance.watch(model, IMAGE)
+    importance.update(*batches()[0])
+    pruner = tp.pruner.BasePruner(
+        model, IMAGE, importance, pruning_ratio=0.6, iterative_steps=3, ignored_layers=[model.fc]
+    )
+    pruner.step()
+    with pytest.raises(CriterionError, match=r"taken of a wider network.*reset\(\)"):
+        pruner.step()
+    with pytest.raises(CriterionError, match=r"reset\(\)"):
+        importance.update(*batches()[0])
+    importance.reset()
+    importance.update(*batches()[0])
+    for name, group in groups_of(model).items():
+        if name.startswith("blocks") and name.endswith("conv1"):
+            reader = name.replace("conv1", "conv2")
+            expected = channel_scores(importance.compute()[reader])
+            torch.testing.assert_close(importance(group), expected.double(), atol=1e-7, rtol=1e-5)
+    pruner.step()
+    assert model(IMAGE[0]).shape == (1, 4)
+
+
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
     script = "tests.integrations.torch_pruning.dcp_processes"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -173,6 +199,28 @@ def test_the_pruner_removes_what_the_selector_leaves_out() -> None:
         torch.testing.assert_close(model(images), same(images), atol=1e-5, rtol=1e-4)
     tp.DependencyGraph().build_dependency(before, IMAGE).load_pruning_history(pruner.pruning_history())
     assert [p.shape for p in before.parameters()] == [p.shape for p in model.parameters()]
+
+
+class Loader(torch.utils.data.DataLoader):
+    """Counts how often it is read."""
+
+    read = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.read += 1
+        return super().__iter__()
+
+
+def test_training_images_are_read_once_an_epoch() -> None:
+    images, labels = (torch.cat(parts) for parts in zip(*batches(2), strict=True))
+    loader = Loader(torch.utils.data.TensorDataset(images, labels), batch_size=8)
+    options = {"heads": 0, "head_epochs": 3}
+    DiscriminationAwarePruner(network(), IMAGE, batches(1), training=loader, **options).step()
+    assert loader.read == 3
+    with pytest.raises(DataError, match="anew for every epoch"):
+        DiscriminationAwarePruner(network(), IMAGE, batches(1), training=iter(batches()), **options)
+    with pytest.raises(DataError, match="no batch"):
+        DiscriminationAwarePruner(network(), IMAGE, batches(1), training=[], **options).step()
 
 
 def test_the_pruner_leaves_ignored_layers_alone_and_refuses_bad_options() -> None:

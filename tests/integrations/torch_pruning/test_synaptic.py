@@ -58,21 +58,84 @@ def test_gamma_is_that_of_the_norm_in_front(name: str, fed: dict[str, str | None
         torch.testing.assert_close(scores[layer], expected(weight, gamma_of(model, norm)))
 
 
+class Joined(nn.Module):
+    """A concatenation of channels without a norm, of a residual sum's, of a slice's, and of scaled ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 3)
+        self.norm = nn.BatchNorm2d(5)
+        self.next = nn.Conv2d(15, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x), torch.relu(self.norm(self.right(x)))
+        joined = torch.cat([left, left + left.relu(), right[:, 1:3], right[:, :, ::2].repeat(1, 1, 2, 1)], 1)
+        return self.next(joined).mean((2, 3))
+
+
 def test_a_concatenation_joins_the_scales_of_its_parts() -> None:
-    class Joined(nn.Module):
+    model = randomised(Joined())
+    gamma = torch.cat([torch.ones(10), model.norm.weight])
+    torch.testing.assert_close(kernel_scores(model, IMAGE)["next"], expected(model.next.weight, gamma))
+
+
+class Inception(nn.Module):
+    """Two branches with norms, and one without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.bare = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 6, 3), nn.Conv2d(3, 4, 3)
+        self.left_norm, self.right_norm = nn.BatchNorm2d(8), nn.BatchNorm2d(6)
+        self.next, self.head = nn.Conv2d(18, 5, 3), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = torch.relu(self.left_norm(self.left(x))), torch.relu(self.right_norm(self.right(x)))
+        x = self.next(torch.cat([left, torch.max_pool2d(torch.relu(self.bare(x)), 3, 1, 1), right], 1))
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_concatenation_that_has_been_pruned_joins_the_scales_that_are_left() -> None:
+    model, importance = randomised(Inception()), SynapticStrengthImportance()
+    image = torch.zeros(1, 3, 8, 8)
+    pruner = tp.pruner.BasePruner(
+        model,
+        image,
+        importance,
+        pruning_ratio=0.5,
+        iterative_steps=2,
+        ignored_layers=[model.next, model.head],
+    )
+    pruner.step()
+    bare = model.bare.out_channels
+    gamma = torch.cat([model.left_norm.weight, torch.ones(bare), model.right_norm.weight])
+    strength = expected(model.next.weight, gamma).sum(dim=0).double()
+    starts = {"left": 0, "bare": len(model.left_norm.weight), "right": len(model.left_norm.weight) + bare}
+    for group in pruner.DG.get_all_groups(ignored_layers=[model.next, model.head]):
+        name = next(name for name in starts if group[0].dep.target.module is getattr(model, name))
+        here = strength[starts[name] :][: len(group[0].idxs)]
+        torch.testing.assert_close(importance(group), here, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("index", [[5, 4, 3, 2, 1, 0], [4, 1, 1], [True, False, True, True, True, False]])
+def test_an_index_moves_the_scales_with_the_channels(index: list[Any]) -> None:
+    places = torch.arange(6)[torch.tensor(index)]
+
+    class Indexed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 3)
-            self.norm = nn.BatchNorm2d(5)
-            self.next = nn.Conv2d(9, 6, 3)
+            self.conv, self.norm, self.next = (
+                nn.Conv2d(3, 6, 3),
+                nn.BatchNorm2d(6),
+                nn.Conv2d(len(places), 4, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
-            joined = torch.cat([self.left(x), torch.relu(self.norm(self.right(x)))], 1)
-            return self.next(joined).mean((2, 3))
+            return self.next(torch.relu(self.norm(self.conv(x)))[:, torch.tensor(index)]).mean((2, 3))
 
-    model = randomised(Joined())
-    gamma = torch.cat([torch.ones(4), model.norm.weight])
-    torch.testing.assert_close(kernel_scores(model, IMAGE)["next"], expected(model.next.weight, gamma))
+    model = randomised(Indexed())
+    torch.testing.assert_close(
+        kernel_scores(model, IMAGE)["next"], expected(model.next.weight, model.norm.weight[places])
+    )
 
 
 def test_a_channel_selection_selects_the_scales_too() -> None:
