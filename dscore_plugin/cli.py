@@ -455,6 +455,10 @@ def bench(
         str | None, typer.Option(metavar="CRITERION,...", help="These rows only.", show_default=False)
     ] = None,
     redo: Annotated[bool, typer.Option("--redo", help="Measure finished cells again.")] = False,
+    latency: Annotated[
+        bool,
+        typer.Option("--latency", help="Measure the latencies of finished cells again, alone; run no cell."),
+    ] = False,
     list_cells: Annotated[bool, typer.Option("--list", help="Show the cells and how they stand.")] = False,
     table: Annotated[
         Path | None,
@@ -476,8 +480,8 @@ def bench(
     from dscore_plugin.training.progress import RichProgress
 
     request = BenchRequest(
-        protocol, data, weights, work, out, device, tuple(only.split(",")) if only else (), redo, list_cells,
-        table, into, plot,
+        protocol, data, weights, work, out, device, tuple(only.split(",")) if only else (), redo,
+        latency, list_cells, table, into, plot,
     )  # fmt: skip
     found = run_request(request, RichProgress(), _say)
     if json_:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from types import BuiltinFunctionType, CodeType, FunctionType
@@ -140,8 +141,10 @@ def _differences(name: str, module: nn.Module, twin: nn.Module) -> dict[str, Any
             return {}
         raise _lost(name, f"is a {type(module).__name__}, in the dense one a {type(twin).__name__}")
     if _number_of_hooks(module) != _number_of_hooks(twin):
-        raise ArtifactError(
-            f"module {name!r} has forward hooks, which no file can hold; remove them, then save"
+        warnings.warn(
+            f"the forward hooks of module {name!r} are not saved; if they change what it computes, "
+            "the loaded network computes something else",
+            stacklevel=2,
         )
     changed = {}
     for key in _keys(module, twin):

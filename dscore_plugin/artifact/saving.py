@@ -82,7 +82,7 @@ def save_pruned(
 
     The model is not modified. The folder appears complete or not at all. Removed layers and kernels need no storage.
     What matters in training alone is not stored: dropout rates and the momenta of batch norms come back as the dense
-    architecture (``model_args``) has them.
+    architecture (``model_args``) has them. Nor are forward hooks: a warning names the modules that have some.
 
     Args:
         model: the pruned model, on any device, in any memory format.
@@ -107,8 +107,8 @@ def save_pruned(
 
     Raises:
         ArtifactError: if the folder exists and ``force`` is not given, or if the model could not be loaded
-            again: it differs from its dense architecture in more than widths (other settings, replaced functions,
-            forward hooks), or a layer contradicts itself; if ``input_shape`` is no shape of an image.
+            again: it differs from its dense architecture in more than widths (other settings, replaced functions),
+            or a layer contradicts itself; if ``input_shape`` is no shape of an image.
     """
     folder = Path(folder)
     ensure_writable(folder, force)

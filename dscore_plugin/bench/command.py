@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dscore_plugin.bench.cells import Place
+from dscore_plugin.bench.latencies import measure_latencies
 from dscore_plugin.bench.protocol import Protocol, load_protocol
 from dscore_plugin.bench.records import Record, read_records
 from dscore_plugin.bench.runner import run_bench, time_left
@@ -32,6 +33,7 @@ class BenchRequest:
         device: to compute on.
         only: rows or criteria to run.
         redo: measure finished cells again.
+        latency: measure the latencies of finished cells again, and run no cell.
         list_cells: show the cells, run none.
         table: results to show, run none.
         into: a page that takes the tables.
@@ -46,6 +48,7 @@ class BenchRequest:
     device: str = "auto"
     only: tuple[str, ...] = ()
     redo: bool = False
+    latency: bool = False
     list_cells: bool = False
     table: Path | None = None
     into: Path | None = None
@@ -101,13 +104,20 @@ def run_request(request: BenchRequest, progress: Progress, say: Callable[[str], 
         return _show(request, request.table, records, survey(protocol, records) if protocol else None)
     if protocol is None:
         raise BenchError("name a protocol (benchmarks/criteria/*.json), or results with --table FILE")
+    if request.redo and request.latency:
+        raise BenchError("--latency runs no cell, --redo runs them all; leave one of them out")
     place, out = request.place(protocol), request.results(protocol)
     if request.list_cells:
         records = read_records(out) if out.exists() else []
         return _listed(survey(protocol, records, place).only(request.only), records, place)
     if request.into:
         check_page(request.into, out.stem)
-    found = run_bench(protocol, place, out, only=request.only, redo=request.redo, progress=progress, say=say)
+    if request.latency:
+        found = measure_latencies(protocol, place, out, only=request.only, say=say)
+    else:
+        found = run_bench(
+            protocol, place, out, only=request.only, redo=request.redo, progress=progress, say=say
+        )
     return _show(request, out, read_records(out) if out.exists() else [], found)
 
 

@@ -91,7 +91,7 @@ def run_bench(
                 if redo:
                     _forget(cell, place)
                 waiting = False
-                _write(_attempt(cell, place, progress, say), cell, place, out)
+                keep(_attempt(cell, place, progress, say), cell, place, out)
         records = _adopt(place, out)
 
 
@@ -128,7 +128,7 @@ def _read(out: Path) -> list[Record]:
     return read_records(out) if out.exists() else []
 
 
-def _write(record: Record, cell: Cell, place: Place, out: Path) -> None:
+def keep(record: Record, cell: Cell, place: Place, out: Path) -> None:
     """Keep what a cell brought, in the work folder and among the results."""
     with alone(place, _RESULTS):
         write_json(_cell_file(cell, place), record)

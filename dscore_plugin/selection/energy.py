@@ -232,13 +232,7 @@ class EnergySelector:
         leaving = [name for name in order if name not in kept]
         rows = [_row(name, scores.get(name), name in kept, costs.saved[name][0]) for name in order]
         macs, params = costs.left(leaving)
-        made_by = {
-            "criterion": "energy",
-            **vars(self),
-            request.goal: request.amount,
-            "seed": request.seed,
-            "kept": len(kept),
-        }
+        made_by = {**vars(self), request.goal: request.amount, "seed": request.seed, "kept": len(kept)}
         if scores:
             made_by["clusters"] = cluster([scores[name] for name in order], len(kept))
         return Plan(

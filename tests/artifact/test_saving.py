@@ -524,10 +524,6 @@ def replaced_part_of_forward(model: nn.Module) -> None:
     model.forward_features = lambda x: 2 * features(x)
 
 
-def added_hook(model: nn.Module) -> None:
-    model.layer1[0].conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
-
-
 def set_what_was_none(model: nn.Module) -> None:
     model.layer2[0].downsample[0].divisor_override = 1
 
@@ -543,7 +539,6 @@ def added_layer(model: nn.Module) -> None:
         (replaced_forward, r"module 'layer1.0' has a replaced forward\(\)"),
         (changed_eps, "module 'bn1' has eps = 0.001, in the dense one 1e-05"),
         (replaced_part_of_forward, r"module '' has a replaced forward_features\(\)"),
-        (added_hook, "module 'layer1.0.conv1' has forward hooks, .*; remove them, then save"),
         (set_what_was_none, "'layer2.0.downsample.0' has divisor_override = 1, in the dense one None"),
         (stale_width, "weight of Conv2d 'conv1.0' has shape"),
         (added_layer, "module 'layer1.extra' is in only one"),
@@ -557,6 +552,15 @@ def test_model_that_a_structure_cannot_express_is_refused(
     with pytest.raises(ArtifactError, match=message):
         save_pruned(model, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hooks_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    model, x = timm.create_model("resnet18d").eval(), torch.randn(1, 3, 32, 32)
+    expected = model(x)
+    model.layer1[0].conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.warns(UserWarning, match=r"hooks of module 'layer1\.0\.conv1' are not saved"):
+        save_pruned(model, tmp_path / "a")
+    torch.testing.assert_close(load_pruned(tmp_path / "a")(x), expected)
 
 
 def test_functions_that_a_builder_puts_into_attributes_are_compared(tmp_path: Path) -> None:

@@ -78,6 +78,9 @@ def test_a_protocol_is_listed_run_and_shown(dscore: Run, tmp_path: Path) -> None
     code, out, err = dscore(*common)
     assert code == 1  # a cell failed
     assert "energy-uniform-50off-1epochs-seed0: failed: ModelError" in out
+    code, out, err = dscore(*common, "--only", "l1", "--latency")
+    assert code == 0, err
+    assert "l1-uniform-50off-1epochs-seed0: " in err
     code, out, _ = dscore(*common, "--list")
     assert out.splitlines()[0].startswith("done            l1-")
     assert "cells to run: 1 of 2, less than a minute" in out
@@ -102,6 +105,7 @@ def test_results_are_shown_without_a_protocol(dscore: Run, tmp_path: Path) -> No
         (["tiny.json", "--weights", ".", "--data", "digits", "--list"], "expected the weights of digits_cnn"),
         (["--table", "x.json", "--only", "l1"], "--only chooses what runs"),
         (["--table", "missing.json"], "missing.json is missing"),
+        (["tiny.json", "--redo", "--latency"], "--latency runs no cell"),
         (["tiny.json", "--weights", "w", "--data", "digits"], "expected the weights of digits_cnn"),
     ],
 )

@@ -138,11 +138,16 @@ def test_feature_info_tells_the_widths_that_are_left(name: str, tmp_path) -> Non
     dense = copy.deepcopy(model)
     dscore_plugin.prune(model, x, "d_score", 0.5)
     told = [info["num_chs"] for info in model.feature_info]
-    maps = {}
-    for info in model.feature_info:
-        layer = model.get_submodule(info["module"])
-        layer.register_forward_hook(lambda _m, _i, out, key=info["module"]: maps.update({key: out.shape[1]}))
+    maps: dict[str, int] = {}
+    hooks = [
+        model.get_submodule(info["module"]).register_forward_hook(
+            lambda _m, _i, out, key=info["module"]: maps.update({key: out.shape[1]})
+        )
+        for info in model.feature_info
+    ]
     model(x)
+    for hook in hooks:
+        hook.remove()
     assert told == list(maps.values())
     assert told != [info["num_chs"] for info in dense.feature_info]
     save_pruned(model, tmp_path / "model")
