@@ -181,7 +181,7 @@ def test_a_cell_of_another_process_is_left_to_it(
         if ending != "dies":
             metrics = record("random", validation=99.0, failed="out of memory" if ending == "fails" else None)
             metrics |= {"id": theirs.id, "weights": {"file": "", "sha256": here.digest}}
-            runner._write(metrics, theirs, here, out)
+            runner.keep(metrics, theirs, here, out)
         other.close()
 
     monkeypatch.setattr(runner.time, "sleep", end)
@@ -209,7 +209,7 @@ def test_redo_leaves_out_what_another_process_has_just_measured(
         return measured(cell)
 
     def attempt_beside_another(cell: Cell, *_: Any) -> Record:
-        runner._write(measured(cells[1]), cells[1], here, out)
+        runner.keep(measured(cells[1]), cells[1], here, out)
         return attempt(cell)
 
     monkeypatch.setattr(runner, "_attempt", attempt)
