@@ -103,9 +103,8 @@ def run_evaluate(folder: Path | None, source: Source, progress: Progress | None 
             f"{folder} holds a dense network; measure it with --model NAME --weights {folder / WEIGHTS}"
         )
     source.check()
-    expected = (
-        None if folder is None else read_structure(folder)["input_shape"]
-    )  # loading images may take long
+    # Before the images: they take long.
+    expected = None if folder is None else read_structure(folder)["input_shape"]
     data = source.load_images()
     if expected:
         _check_images(source, data, tuple(expected))

@@ -85,8 +85,7 @@ class Source:
 
     def check(self) -> None:
         """Refuse a device that is not there, or that the launcher has to choose; raise a DScoreError."""
-        processes = Processes()
-        choose_device(self.training_device(), PartialState().device, processes.number)
+        choose_device(self.training_device(), PartialState().device, Processes().number)
 
     def check_training(self, *configs: TrainingConfig | None) -> None:
         """Refuse trainings that this machine cannot do, whether for their precision or their tracker."""

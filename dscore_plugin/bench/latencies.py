@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from dscore_plugin.artifact import load_pruned
-from dscore_plugin.bench.cells import Place
+from dscore_plugin.bench.cells import Cell, Place
 from dscore_plugin.bench.hardware import hardware_name
 from dscore_plugin.bench.protocol import Protocol
-from dscore_plugin.bench.records import of_weights, read_records
-from dscore_plugin.bench.runner import keep
+from dscore_plugin.bench.records import Record, of_weights, read_records, shares_kept
+from dscore_plugin.bench.runner import keep, measure_table
 from dscore_plugin.bench.survey import DONE, Survey, survey
+from dscore_plugin.choosing import choose, example_of
+from dscore_plugin.costs import count
 from dscore_plugin.report.numbers import latency
 
 _TURNS = 3
@@ -28,11 +30,13 @@ def measure_latencies(
     only: Collection[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Survey:
-    """Measure the latency of every finished cell whose network is in the work folder, in turns with the dense one.
+    """Measure the latency of every finished cell, one after the other, each in turns with the dense network.
 
     Cells that several processes measure share the machine, and their latencies scatter. Of three pairs of measurements
-    the one with the median ratio is taken. Cells that were measured on other hardware, or with another number of
-    threads, stay as they are, with a line that says so.
+    the one with the median ratio is taken. A cell whose network is not in the work folder, as it was measured elsewhere
+    or long ago, is pruned anew, without its training: that has no influence on the shape of a network pruned in one go.
+    Cells that were measured on other hardware or with another number of threads, and those whose network cannot be had
+    again, stay as they are, with a line that says so.
 
     Args:
         protocol: what was run.
@@ -54,17 +58,41 @@ def measure_latencies(
     data, device = source.load_images(), source.find_device()
     dense, here = source.build(data), hardware_name(device)
     for cell in (entry.cell for entry in found.entries if entry.state == DONE):
-        record, folder = known[cell.id], cell.folder(place)
+        record = known[cell.id]
         if record["hardware"] != here:
             say(f"{cell.name}: measured on {record['hardware']}, this is {here}; left as it is")
-        elif not folder.exists():
-            say(f"{cell.name}: its network is not in {place.work}; left as it is")
-        else:
-            times = in_turns(dense, load_pruned(folder, device=device), data.input_shape)
-            keep({**record, "latency_ms": times}, cell, place, out)
-            ratios = {b: pair["dense"]["median"] / pair["pruned"]["median"] for b, pair in times.items()}
-            say(f"{cell.name}: {', '.join(f'{r:.2f}x at batch {b}' for b, r in ratios.items())}")
+            continue
+        network, reason = _network(cell, record, place, say)
+        if network is None:
+            say(f"{cell.name}: its network is not in {place.work}, and {reason}; left as it is")
+            continue
+        times = in_turns(dense, network, data.input_shape)
+        keep({**record, "latency_ms": times}, cell, place, out)
+        ratios = {b: pair["dense"]["median"] / pair["pruned"]["median"] for b, pair in times.items()}
+        say(f"{cell.name}: {', '.join(f'{r:.2f}x at batch {b}' for b, r in ratios.items())}")
     return found
+
+
+def _network(
+    cell: Cell, record: Record, place: Place, say: Callable[[str], None]
+) -> tuple[nn.Module | None, str]:
+    """Return the network of a cell, in its shape if not with its weights; or None, and why it cannot be had."""
+    folder, job = cell.folder(place), cell.job(place)
+    if folder.exists():
+        return load_pruned(folder, device=job.source.find_device()), ""
+    if job.rounds > 1:
+        return None, "each round chooses from what the one before has trained"
+    if cell.shares_table:
+        measure_table(cell, place, None, say)
+    data = job.source.load_images()
+    network = job.source.build(data)
+    example = (example_of(job.source, data),)
+    before = count(network, example)
+    choose(job.source, job.choices[0], network, data).apply(network)
+    kept = shares_kept(before, count(network, example))
+    if any(kept[name] != record[name] for name in kept):
+        return None, f"pruned anew it has other sizes here, {kept}"
+    return network, ""
 
 
 def in_turns(dense: nn.Module, pruned: nn.Module, input_shape: Sequence[int]) -> dict[str, Any]:

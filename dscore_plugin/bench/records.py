@@ -53,8 +53,7 @@ def finished_record(
     dense, pruned = metrics["dense"], metrics["pruned"]
     return {
         **_head(cell, place),
-        "macs_kept": round(pruned["macs"] / dense["macs"], 4),
-        "params_kept": round(pruned["params"] / dense["params"], 4),
+        **shares_kept(*((numbers["macs"], numbers["params"]) for numbers in (dense, pruned))),
         "macs_dense": dense["macs"],
         "params_dense": dense["params"],
         **{f"top1_{stage}": _top1(metrics.get(stage)) for stage in ("dense", *STAGES)},
@@ -69,6 +68,12 @@ def finished_record(
         "seconds": seconds,
         **_tail(cell, place),
     }
+
+
+def shares_kept(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """Return how much is left of the MACs and the parameters, which ``before`` and ``after`` hold in this order."""
+    names = ("macs_kept", "params_kept")
+    return {name: round(now / then, 4) for name, then, now in zip(names, before, after, strict=True)}
 
 
 def failed_record(cell: Cell, place: Place, reason: str) -> Record:

@@ -159,7 +159,7 @@ def _run(cell: Cell, place: Place, progress: Progress | None, say: Say) -> Recor
     spent = None
     if cell.shares_table:
         with alone(place, cell.table_folder(place).name):
-            spent = _measure_table(cell, place, progress, say)
+            spent = measure_table(cell, place, progress, say)
     job = cell.job(place)
     fresh, started = not (job.out.exists() or job.work.exists()), time.perf_counter()
     if job.out.exists():  # it was complete, but its record was not written any more
@@ -177,7 +177,7 @@ def _run(cell: Cell, place: Place, progress: Progress | None, say: Say) -> Recor
     )
 
 
-def _measure_table(cell: Cell, place: Place, progress: Progress | None, say: Say) -> float | None:
+def measure_table(cell: Cell, place: Place, progress: Progress | None, say: Say) -> float | None:
     """Measure the sensitivity table of a cell unless another cell has done so; return its seconds, if known."""
     folder = cell.table_folder(place)
     note, work = folder.with_name(folder.name + ".seconds.json"), folder.with_name(folder.name + ".work")

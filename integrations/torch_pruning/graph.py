@@ -21,6 +21,7 @@ from torch_pruning.pruner import function
 from dscore_plugin.arguments import as_arguments
 from dscore_plugin.costs import Cost, CostTable, CostTerm
 from dscore_plugin.errors import CriterionError, ModelError
+from dscore_plugin.filters import filters_first
 from dscore_plugin.groups import ChannelGroup, Member, Role, ScoredGroup
 from dscore_plugin.integrations.timm import adapters
 from dscore_plugin.integrations.torch_pruning.channel_graph import (
@@ -89,16 +90,10 @@ def producers(group: Group) -> Iterator[Producer]:
 def _filters(module: Any, handler: Any) -> Tensor | None:
     if handler in (function.prune_conv_out_channels, function.prune_depthwise_conv_out_channels):
         weight = module.weight.detach()
-        return _of_transposed(weight, module.groups) if module.transposed else weight
+        return filters_first(module, weight)
     if handler == function.prune_linear_out_channels:
         return module.weight.detach()
     return None
-
-
-def _of_transposed(weight: Tensor, groups: int) -> Tensor:
-    """Put the filters of a transposed convolution, ``(in, out / groups, ...)``, along dim 0."""
-    parts = weight.view(groups, len(weight) // groups, *weight.shape[1:])
-    return parts.transpose(1, 2).flatten(0, 1)
 
 
 class PruningGraph:

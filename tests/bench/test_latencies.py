@@ -67,9 +67,44 @@ def test_latencies_of_finished_cells_are_measured_again_and_nothing_else_changes
     write_json(out, [{**after, "hardware": "another machine"}])
     measure_latencies(protocol, here, out, say=said.append)
     assert "measured on another machine" in said[-1]
-    write_json(out, [after])
-    monkeypatch.setattr(latencies, "load_pruned", lambda *_, **__: pytest.fail("there is nothing to load"))
+
+
+def test_a_network_that_is_not_there_any_more_is_pruned_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = [
+        {
+            "name": "one go",
+            "rows": ["random", "l1"],
+            "target_macs": [0.5],
+            "allocations": ["uniform", "sensitivity"],
+        },
+        {"name": "rounds", "rows": ["l1"], "target_macs": [0.5], "rounds": 2, "round_epochs": 1},
+    ]
+    training = {**PROTOCOL["training"], "epochs": 2}
+    protocol = load_protocol(write_protocol(tmp_path, blocks=blocks, training=training))
+    here, out = place(tmp_path), tmp_path / "out.json"
+    run_bench(protocol, here, out)
+    before = read_records(out)
+
+    def macs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, dict[str, float]]:
+        return {"1": {"median": float(count(model, (torch.zeros(1, *shape),))[0]), "iqr": 0.0}}
+
+    monkeypatch.setattr(latencies, "latency", macs)
     moved = type(here)(here.data, here.weights, tmp_path / "another folder", here.device)
+    said: list[str] = []
     measure_latencies(protocol, moved, out, say=said.append)
-    assert "its network is not in" in said[-1]
-    assert read_records(out) == [after]
+    after = read_records(out)
+    news = [line for line in said if not line.startswith("saved")]
+    assert len(news) == len(after) == 5
+    assert "each round chooses" in news[-1]
+    assert after[-1] == before[-1]
+    for old, new in zip(before[:-1], after[:-1], strict=True):
+        pair = new["latency_ms"]["1"]
+        assert pair["pruned"]["median"] / pair["dense"]["median"] == pytest.approx(old["macs_kept"], abs=1e-3)
+        assert {**new, "latency_ms": 0} == {**old, "latency_ms": 0}
+
+    write_json(out, [{**entry, "params_kept": 0.1} for entry in after])
+    measure_latencies(protocol, moved, out, only=["random"], say=said.append)
+    assert "other sizes" in said[-1]
+    assert read_records(out) == [{**entry, "params_kept": 0.1} for entry in after]
