@@ -85,7 +85,8 @@ class Source:
 
     def check(self) -> None:
         """Refuse a device that is not there, or that the launcher has to choose; raise a DScoreError."""
-        choose_device(self.training_device(), PartialState().device, Processes().number)
+        processes = Processes()  # first: it tells accelerate whether the processes compute on CPUs
+        choose_device(self.training_device(), PartialState().device, processes.number)
 
     def check_training(self, *configs: TrainingConfig | None) -> None:
         """Refuse trainings that this machine cannot do, whether for their precision or their tracker."""
