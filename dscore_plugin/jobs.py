@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from dscore_plugin.datasets import ImageData, ImageSet, load_data
@@ -85,8 +84,8 @@ class Source:
 
     def check(self) -> None:
         """Refuse a device that is not there, or that the launcher has to choose; raise a DScoreError."""
-        processes = Processes()  # first: it tells accelerate whether the processes compute on CPUs
-        choose_device(self.training_device(), PartialState().device, processes.number)
+        processes = Processes()
+        choose_device(self.training_device(), processes.device, processes.number)
 
     def check_training(self, *configs: TrainingConfig | None) -> None:
         """Refuse trainings that this machine cannot do, whether for their precision or their tracker."""

@@ -17,6 +17,7 @@ from dscore_plugin.bench.runner import keep, measure_table
 from dscore_plugin.bench.survey import DONE, Survey, survey
 from dscore_plugin.choosing import choose, example_of
 from dscore_plugin.costs import count
+from dscore_plugin.errors import BenchError
 from dscore_plugin.report.numbers import latency
 
 _TURNS = 3
@@ -62,9 +63,10 @@ def measure_latencies(
         if record["hardware"] != here:
             say(f"{cell.name}: measured on {record['hardware']}, this is {here}; left as it is")
             continue
-        network, reason = _network(cell, record, place, say)
-        if network is None:
-            say(f"{cell.name}: its network is not in {place.work}, and {reason}; left as it is")
+        try:
+            network = _network(cell, record, place, say)
+        except BenchError as error:
+            say(f"{cell.name}: its network is not in {place.work}, and {error}; left as it is")
             continue
         times = in_turns(dense, network, data.input_shape)
         keep({**record, "latency_ms": times}, cell, place, out)
@@ -73,26 +75,23 @@ def measure_latencies(
     return found
 
 
-def _network(
-    cell: Cell, record: Record, place: Place, say: Callable[[str], None]
-) -> tuple[nn.Module | None, str]:
-    """Return the network of a cell, in its shape if not with its weights; or None, and why it cannot be had."""
+def _network(cell: Cell, record: Record, place: Place, say: Callable[[str], None]) -> nn.Module:
+    """Return the network of a cell, in its shape if not with its weights; raise BenchError if it cannot be had."""
     folder, job = cell.folder(place), cell.job(place)
     if folder.exists():
-        return load_pruned(folder, device=job.source.find_device()), ""
+        return load_pruned(folder, device=job.source.find_device())
     if job.rounds > 1:
-        return None, "each round chooses from what the one before has trained"
+        raise BenchError("each round chooses from what the one before has trained")
     if cell.shares_table:
         measure_table(cell, place, None, say)
     data = job.source.load_images()
     network = job.source.build(data)
-    example = (example_of(job.source, data),)
-    before = count(network, example)
     choose(job.source, job.choices[0], network, data).apply(network)
-    kept = shares_kept(before, count(network, example))
+    dense = (record["macs_dense"], record["params_dense"])
+    kept = shares_kept(dense, count(network, (example_of(job.source, data),)))
     if any(kept[name] != record[name] for name in kept):
-        return None, f"pruned anew it has other sizes here, {kept}"
-    return network, ""
+        raise BenchError(f"pruned anew it has other sizes here, {kept}")
+    return network
 
 
 def in_turns(dense: nn.Module, pruned: nn.Module, input_shape: Sequence[int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
@@ -20,6 +21,7 @@ class Processes:
     Attributes:
         index: of this process, 0 for the first.
         number: of processes.
+        device: that accelerate gives this process.
 
     Raises:
         ModelError: if several were launched but do not know of each other.
@@ -35,6 +37,7 @@ class Processes:
             )
         self.index: int = state.process_index
         self.number: int = state.num_processes
+        self.device: torch.device = state.device
 
     def once(self, do: Callable[[], T]) -> T:
         """Let the first process do something, and give its result, or its DScoreError, to all."""

@@ -67,6 +67,7 @@ def test_latencies_of_finished_cells_are_measured_again_and_nothing_else_changes
     write_json(out, [{**after, "hardware": "another machine"}])
     measure_latencies(protocol, here, out, say=said.append)
     assert "measured on another machine" in said[-1]
+    assert read_records(out) == [{**after, "hardware": "another machine"}]
 
 
 def test_a_network_that_is_not_there_any_more_is_pruned_anew(
@@ -97,6 +98,7 @@ def test_a_network_that_is_not_there_any_more_is_pruned_anew(
     after = read_records(out)
     news = [line for line in said if not line.startswith("saved")]
     assert len(news) == len(after) == 5
+    assert "its network is not in" in news[-1]
     assert "each round chooses" in news[-1]
     assert after[-1] == before[-1]
     for old, new in zip(before[:-1], after[:-1], strict=True):
