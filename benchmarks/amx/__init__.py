@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from amx.blocks import fits, residual_block, stem
 from amx.library import available
-from amx.units import conv_norm_relu
+from amx.units import conv_norm_relu, max_pool
 from dscore_plugin.models.cifar_resnet import BasicBlock, CifarResNet
 from dscore_plugin.models.cifar_vgg import VGG
 
@@ -76,6 +76,10 @@ def _vgg(self: VGG, x: Tensor) -> Tensor:
             norm, _ = layers.pop(0), layers.pop(0)
             assert isinstance(norm, nn.BatchNorm2d)
             x = conv_norm_relu(x, layer, norm)
+        elif (
+            isinstance(layer, nn.MaxPool2d) and x.shape[2] % 2 == x.shape[3] % 2 == 0
+        ):  # VGG's are 2 x 2, behind ReLUs
+            x = max_pool(x)
         else:
             x = layer(x)
     return x

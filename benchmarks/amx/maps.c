@@ -184,17 +184,27 @@ static void pack_across(const bf *x, long images, long groups, long h, long w, l
 #define LOAD(T, AT) _tile_loadd(T, AT, 64);
 #define STORE(T, AT) _tile_stored(T, AT, 64);
 
+// Sums [16 channels][16 outputs] of a tap to dw, which points at the first of them
+static void put_gradient(const float *sums, long c, long channels, long outputs, float *dw)
+{
+    __m512i v[16];
+    for (long i = 0; i < 16; i++) v[i] = _mm512_load_si512(sums + i * 16);
+    transpose_words(v);
+    for (long i = 0; i < least(16, outputs); i++) _mm512_mask_storeu_epi32(dw + i * 9 * c, first16(channels), v[i]);
+}
+
 // The gradient with respect to the weights: dw [o][3][3][c] float32
 void conv_dw(const bf *x, const bf *dy, float *dw, long n, long h, long w, long c, long o)
 {
     long cs = over(c, 16), os = over(o, 16), groups = least(over(n, 32), 4), most = 2000000 / (groups * w * TILE);
     while (groups > 1 && most < (cs * 3 + os)) groups /= 2, most *= 2;
-    long count = (most - 2 * cs) / (cs + os);
+    long count = h * (cs + os) <= most ? h : (most - 2 * cs) / (cs + os);  // the whole map needs no rows around it
     count = count < 1 ? 1 : least(count, h);
+    int once = count == h && groups * 32 >= n;
     bf *across = room((count + 2) * w * groups * cs * TILE * sizeof(bf));
     bf *pairs = room(count * w * groups * os * TILE * sizeof(bf));
-    float *sums = room(9 * cs * os * 256 * sizeof(float));
-    memset(sums, 0, 9 * cs * os * 256 * sizeof(float));
+    float *sums = once ? 0 : room(9 * cs * os * 256 * sizeof(float));
+    float few[4 * 9 * 256] __attribute__((aligned(64)));  // of two blocks of channels and of outputs
     open_tiles();
     for (long i = 0; i < n; i += groups * 32)
         for (long top = 0; top < h; top += count) {
@@ -206,8 +216,10 @@ void conv_dw(const bf *x, const bf *dy, float *dw, long n, long h, long w, long 
                 for (long k = 0; k < os; k += 2)
                     for (long tap = 0; tap < 9; tap++) {
                         int two_c = cs - m > 1, two_o = os - k > 1;
-                        float *to = sums + ((m * os + k) * 9 + tap) * 256, *below = to + os * 9 * 256;
-                        SUMS(LOAD)
+                        float *to = once ? few + tap * 256 : sums + ((m * os + k) * 9 + tap) * 256;
+                        float *below = to + (once ? 2 : os) * 9 * 256;
+                        if (i == 0 && top == 0) { _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); }
+                        else { SUMS(LOAD) }
                         long left = tap % 3 == 0, right = w - (tap % 3 == 2);
                         for (long v = r.from; v < r.to; v++) {
                             long row = v + tap / 3 - 1;
@@ -252,17 +264,12 @@ void conv_dw(const bf *x, const bf *dy, float *dw, long n, long h, long w, long 
                                 }
                         }
                         SUMS(STORE)
+                        if (i + groups * 32 < n || top + count < h) continue;
+#define PUT(T, AT) put_gradient(AT, c, c - (m + T / 2) * 16, o - (k + T % 2) * 16,                                    \
+                                dw + ((k + T % 2) * 16 * 9 + tap) * c + (m + T / 2) * 16);
+                        SUMS(PUT)
                     }
         }
     _tile_release();
-    for (long m = 0; m < cs; m++)
-        for (long k = 0; k < os; k++)
-            for (long tap = 0; tap < 9; tap++) {
-                __m512i v[16];
-                for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(sums + ((m * os + k) * 9 + tap) * 256 + i * 16);
-                transpose_words(v);
-                for (int i = 0; i < 16 && k * 16 + i < o; i++)
-                    _mm512_mask_storeu_epi32(dw + ((k * 16 + i) * 9 + tap) * c + m * 16, first16(c - m * 16), v[i]);
-            }
     free(sums), free(pairs), free(across);
 }

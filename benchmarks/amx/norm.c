@@ -1,4 +1,4 @@
-// Batch norm with the residual sum and the ReLU behind it
+// Batch norm with the residual sum and the ReLU behind it, and max-pooling behind that
 #include "common.h"
 
 static long period(long c)  // elements after which channels and vectors begin together; at least 128
@@ -120,4 +120,36 @@ void norm_relu_back(const bf *dy, const bf *y, const bf *x, long m, long c, cons
         dx[i] = rounded(s[j] * g + ss[j] * (one(x[i]) - mean[j]) + t[j]);
     }
     free(sum);
+}
+
+// The larger of each 2 x 2 positions of x [n][h][w][c], where no number is negative: behind a ReLU bfloat16 sorts as integers
+void pool(const bf *x, long n, long h, long w, long c, bf *y)
+{
+    for (long line = 0; line < n * h / 2; line++, x += w * c)
+        for (long i = 0; i < w / 2; i++, x += 2 * c, y += c)
+            for (long k = 0; k < c; k += 32) {
+                __mmask32 mask = first32(c - k);
+                const bf *at = x + k, *below = at + w * c;
+                __m512i upper = _mm512_max_epi16(_mm512_maskz_loadu_epi16(mask, at), _mm512_maskz_loadu_epi16(mask, at + c));
+                __m512i lower = _mm512_max_epi16(_mm512_maskz_loadu_epi16(mask, below),
+                                                 _mm512_maskz_loadu_epi16(mask, below + c));
+                _mm512_mask_storeu_epi16(y + k, mask, _mm512_max_epi16(upper, lower));
+            }
+}
+
+// Its way back: dy goes to the first of the largest numbers
+void pool_back(const bf *dy, const bf *x, const bf *y, long n, long h, long w, long c, bf *dx)
+{
+    for (long line = 0; line < n * h / 2; line++, x += w * c, dx += w * c)
+        for (long i = 0; i < w / 2; i++, x += 2 * c, dx += 2 * c, y += c, dy += c)
+            for (long k = 0; k < c; k += 32) {
+                __mmask32 mask = first32(c - k), open = mask;
+                __m512i most = _mm512_maskz_loadu_epi16(mask, y + k), g = _mm512_maskz_loadu_epi16(mask, dy + k);
+                for (long at = 0; at < 4; at++) {
+                    long offset = at / 2 * w * c + at % 2 * c + k;
+                    __mmask32 here = open & _mm512_cmpeq_epi16_mask(_mm512_maskz_loadu_epi16(mask, x + offset), most);
+                    _mm512_mask_storeu_epi16(dx + offset, mask, _mm512_maskz_mov_epi16(here, g));
+                    open &= ~here;
+                }
+            }
 }

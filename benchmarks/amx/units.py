@@ -1,4 +1,4 @@
-"""A convolution, its batch norm, and the ReLU behind them as one function, whatever the convolution."""
+"""A convolution, its batch norm, and the ReLU behind them as one function, whatever the convolution; max-pooling."""
 
 from __future__ import annotations
 
@@ -18,6 +18,28 @@ def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, skip: Tenso
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     return _ConvNormReLU.apply(x, conv.weight, norm.weight, norm.bias, skip, conv, norm)
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """Take the larger of each 2 x 2 positions of ``x``, of shape ``(B, C, H, W)`` with even H and W, behind a ReLU."""
+    return _MaxPool.apply(x)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = laid_out(x)
+        y = torch.empty_like(x[:, :, ::2, ::2], memory_format=torch.channels_last)
+        call("pool", x, *_shape(x), y)
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        x, y = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        call("pool_back", laid_out(dy), x, y, *_shape(x), dx)
+        return dx
 
 
 class _ConvNormReLU(torch.autograd.Function):

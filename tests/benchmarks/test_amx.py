@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import amx
 from amx.blocks import fits
-from amx.units import conv_norm_relu
+from amx.units import conv_norm_relu, max_pool
 
 needs_amx = pytest.mark.skipif(
     not amx.available(), reason="needs a processor with amx_bf16, Linux, and gcc 11 or later"
@@ -165,6 +165,21 @@ def test_convolutions_of_small_maps(shape: tuple[int, ...], outputs: int) -> Non
     for name, wanted in exact.items():
         errors = [float((run[name] - wanted).norm() / wanted.norm().clamp_min(1e-6)) for run in (slow, fast)]
         assert errors[1] <= 1.3 * errors[0] + 0.005, (name, errors)
+
+
+@needs_amx
+@pytest.mark.parametrize("channels", [3, 40])
+def test_max_pooling_picks_what_pytorch_picks(channels: int) -> None:
+    images = (
+        torch.randn(5, channels, 6, 8).relu().bfloat16()
+    )  # every other number is 0, so that many are equal
+    found, wanted = images.clone().requires_grad_(True), images.clone().requires_grad_(True)
+    gradient = torch.randn(5, channels, 3, 4).bfloat16()
+    pooled, expected = max_pool(found), functional.max_pool2d(wanted, 2)
+    pooled.backward(gradient)
+    expected.backward(gradient)
+    assert torch.equal(pooled, expected)
+    assert torch.equal(found.grad, wanted.grad)
 
 
 @needs_amx
