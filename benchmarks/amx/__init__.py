@@ -1,4 +1,4 @@
-"""Trains this package's CIFAR networks on a CPU with AMX in half of the time or less: kernels of the benchmark alone.
+"""Trains this package's CIFAR networks faster on a CPU with AMX: kernels of the benchmark, not of the package.
 
 PyTorch's batch norm for bfloat16 images in channels_last runs scalar over few channels, and oneDNN's convolutions are
 slow on small maps, their weight gradients above all (``benchmarks/amx_times.py``). Here a convolution goes together
