@@ -25,7 +25,8 @@ _NUMBERS = ("n", "h", "w", "c", "o", "stride", "skipped", "first_skipped")
 
 def available() -> bool:
     """Whether the processor has the instructions, and a compiler is there that knows them."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16")) and _library() is not None
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    return bool(capabilities.get("amx_bf16")) and _library() is not None
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:
