@@ -67,6 +67,12 @@ def check(model: nn.Module, images: Tensor, looser: float = 1.3) -> None:
     """The kernels err against float32 as PyTorch's own bfloat16 does, give or take."""
     exact = computed(model, images, fast=False, bfloat16=False)
     slow, fast = computed(model, images, fast=False), computed(model, images, fast=True)
+    compare(exact, slow, fast, looser)
+
+
+def compare(
+    exact: dict[str, Tensor], slow: dict[str, Tensor], fast: dict[str, Tensor], looser: float = 1.3
+) -> None:
     assert fast.keys() == slow.keys()
     for name, wanted in exact.items():
         errors = [float((run[name] - wanted).norm() / wanted.norm().clamp_min(1e-6)) for run in (slow, fast)]
@@ -161,10 +167,7 @@ def test_convolutions_of_small_maps(shape: tuple[int, ...], outputs: int) -> Non
     plain = copy.deepcopy(unit)
     plain.fast = False
     exact = computed(plain, images, fast=False, bfloat16=False)
-    slow, fast = computed(plain, images, fast=False), computed(unit, images, fast=False)
-    for name, wanted in exact.items():
-        errors = [float((run[name] - wanted).norm() / wanted.norm().clamp_min(1e-6)) for run in (slow, fast)]
-        assert errors[1] <= 1.3 * errors[0] + 0.005, (name, errors)
+    compare(exact, computed(plain, images, fast=False), computed(unit, images, fast=False))
 
 
 @needs_amx
