@@ -19,8 +19,8 @@ from dscore_plugin.modes import in_eval_mode
 FORMS = {"onnx": ".onnx", "torch-export": ".pt2"}
 TOLERANCE = 1e-4
 _BLAME = (
-    "; without onnxruntime's graph optimisations it agrees, so the fault is theirs (known: they fold zero padding into "
-    "the max pooling behind it, microsoft/onnxruntime#24737)"
+    "; without onnxruntime's graph optimisations it agrees, so the fault is theirs (known: before "
+    "onnxruntime 1.32 they fold zero padding into the max pooling behind it, microsoft/onnxruntime#24737)"
 )
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": ()}
