@@ -17,19 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from amx.blocks import fits, residual_block, stem
-from amx.library import available
+from amx.library import REQUIREMENT, available
 from amx.units import conv_norm_relu, max_pool
 from dscore_plugin.models.cifar_resnet import BasicBlock, CifarResNet
 from dscore_plugin.models.cifar_vgg import VGG
 
-__all__ = ["available", "fast_training"]
+__all__ = ["REQUIREMENT", "available", "fast_training"]
 
 
 @contextmanager
 def fast_training() -> Iterator[None]:
     """Let CIFAR ResNets and VGGs compute with these kernels under bfloat16 autocast; raise OSError without them."""
     if not available():
-        raise OSError("these kernels need a processor with amx_bf16, Linux, and gcc 11 or later")
+        raise OSError(REQUIREMENT)
     patched = (
         (BasicBlock, "forward", _block),
         (CifarResNet, "forward_features", _resnet),

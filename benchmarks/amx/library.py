@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _SOURCES = ("maps.c", "norm.c", "blocks.c")
+REQUIREMENT = "these kernels need a processor with amx_bf16, Linux, and gcc 11 or later"
 _FLAGS = ("-O3", "-march=native", "-mamx-tile", "-mamx-bf16", "-shared", "-fPIC")
 _RECORDS = {
     "block_forward": "x scale offset weight y shift sum squares",
@@ -71,7 +72,7 @@ def _record(name: str) -> type[ctypes.Structure]:
 def _loaded() -> ctypes.CDLL:
     library = _library()
     if library is None:
-        raise OSError("these kernels need a processor with amx_bf16, Linux, and gcc 11 or later")
+        raise OSError(REQUIREMENT)
     return library
 
 
