@@ -23,9 +23,7 @@ import amx
 from amx.blocks import fits
 from amx.units import conv_norm_relu, max_pool
 
-needs_amx = pytest.mark.skipif(
-    not amx.available(), reason="needs a processor with amx_bf16, Linux, and gcc 11 or later"
-)
+needs_amx = pytest.mark.skipif(not amx.available(), reason=amx.REQUIREMENT)
 
 
 @pytest.fixture(autouse=True)
